@@ -1,0 +1,81 @@
+"""One place where an adapter can touch the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Site", "SiteKind", "is_conv1d", "plain_call"]
+
+SiteKind = Literal["projection", "sublayer", "attention", "embedding", "norm"]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D, a linear layer whose weight is stored as (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A module of the base, and what a method may know about it.
+
+    `path` is the module's dotted name in the model; `layer` the index of its repeated block (None outside them);
+    `part` says what it belongs to: "attention", "cross-attention", "mlp", "embedding", "head" or "norm";
+    `role` the projection's place in it ("q", "k", "v", "qkv", "o", "in", "out" or ""); `stack` is "encoder",
+    "decoder" or "" for models of one stack. `in_features` and `out_features` are the last dimensions of x and y; for
+    an embedding, the number of rows and the width. `heads` and `head_dim` are those of keys (attention sites only).
+    """
+
+    path: str
+    kind: SiteKind
+    module: nn.Module
+    layer: int | None = None
+    part: str = ""
+    role: str = ""
+    stack: str = ""
+    in_features: int = 0
+    out_features: int = 0
+    heads: int = 0
+    head_dim: int = 0
+    value_dim: int = 0
+    norm: nn.Module | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The last component of the path, which is what target lists name."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the module looks rows of a table up, so that x are token ids."""
+        return isinstance(self.module, nn.Embedding)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        return is_conv1d(self.module)
+
+    def weight(self) -> Tensor:
+        """The frozen weight as (out, in), dequantized where it must be; read for merges and starts, not in forward."""
+        weight = self.module.weight
+        if hasattr(weight, "dequantize") and type(weight.data) is not Tensor:
+            weight = weight.dequantize()  # pyright: ignore[reportCallIssue]
+        assert isinstance(weight, Tensor)
+        return weight.detach().t() if self.transposed else weight.detach()
+
+    def with_parameters(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The module's own forward on `x` with some of its parameters replaced, hooks left out."""
+        return plain_call(self.module, params, x)
+
+
+def plain_call(module: nn.Module, params: Mapping[str, Tensor], *args: Tensor) -> Tensor:
+    """Run `module` on `args` without its hooks, with `params` in the place of its own."""
+    bare = object.__new__(type(module))
+    bare.__dict__.update(module.__dict__)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        bare.__dict__[hooks] = type(module.__dict__[hooks])()
+    return torch.func.functional_call(bare, dict(params), args)
