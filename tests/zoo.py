@@ -45,7 +45,12 @@ ZOO = {
         tf.BloomConfig(vocab_size=48, hidden_size=16, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0)
     ),
     "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(
-        tf.Qwen3MoeConfig(**small(head_dim=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)),
+        tf.Qwen3MoeConfig(
+            **small(
+                head_dim=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+                experts_implementation="eager",
+            )
+        ),
     ),
     "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**ENCODER)),
     "roberta": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**ENCODER)),

@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
-__all__ = ["__version__"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inlay.bank.bank import Bank, attach
+    from inlay.methods.ia3 import IA3
+    from inlay.methods.lora import LoRA
+    from inlay.methods.norm import NormTuning
+
+__all__ = ["IA3", "Bank", "LoRA", "NormTuning", "__version__", "attach"]
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "Bank": "inlay.bank.bank",
+    "attach": "inlay.bank.bank",
+    "IA3": "inlay.methods.ia3",
+    "LoRA": "inlay.methods.lora",
+    "NormTuning": "inlay.methods.norm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when something that needs it is asked for, so that `import inlay` is quick."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

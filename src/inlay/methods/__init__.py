@@ -1,0 +1,1 @@
+"""The methods: one file each, written for one adapter, against the contract alone."""

@@ -1,0 +1,60 @@
+"""What a method is: the only thing the bank knows of it, and the only thing it knows of the bank.
+
+A method is a frozen dataclass of its settings. It names the sites it acts on, makes the parameters of one site, and
+computes that site's new input or output for ONE adapter; which rows belong to which adapter is not its concern.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from inlay.errors import UsageError
+from inlay.sites.find import Structure
+from inlay.sites.select import parse_layers, select_projections
+from inlay.sites.site import Site
+
+__all__ = ["Method", "Params", "Site", "Structure", "parse_layers", "select_projections"]
+
+Params = Mapping[str, Tensor]
+"""The parameters of one adapter at one site, by name, in the dtype of the computation."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of every method; `title` and `paper` are shown to people."""
+
+    title: ClassVar[str]
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def sites(self, base: Structure) -> list[Site]:
+        """The sites this method acts on. Raises UsageError where it cannot act on this base, and says why."""
+
+    @abstractmethod
+    def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh float32 parameters for one site; random numbers come from `generator` alone (on the CPU)."""
+
+    def changes_input(self, site: Site) -> bool:
+        """Whether `input` is called at this site."""
+        return False
+
+    def input(self, params: Params, x: Tensor, site: Site) -> Tensor:
+        """The input the base's module gets instead of x, of the same shape (..., in)."""
+        return x
+
+    def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """The output that leaves the site instead of y = base(x): x is (..., in), y and the result (..., out)."""
+        return y
+
+    def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
+        """The module's parameters, by name and in its own layout, that make its plain forward equal to this adapter's.
+
+        Raises: UsageError for methods that have no such parameters.
+        """
+        raise UsageError(f"{self.title} cannot be merged into the base", "Keep the adapter beside the base.")

@@ -1,0 +1,74 @@
+"""IA³: learned vectors that rescale keys, values and the inner activations of the feed-forward network.
+
+    y = l * (W x + b)            keys, values
+    y = W (l * x) + b            the feed-forward's last projection, whose input is rescaled
+
+Paper: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"
+(arXiv:2205.05638). Shapes: l is (out,) or, at a feed-forward site, (in,). Every l starts at one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inlay.errors import UsageError
+
+from .contract import Method, Params, Site, Structure, select_projections
+
+__all__ = ["IA3"]
+
+
+@dataclass(frozen=True)
+class IA3(Method):
+    """Settings of IA³: without `targets`, the key and value projections and the last projection of each MLP.
+
+    `feedforward` names the targets whose input is rescaled; without it, those that are the MLP's output.
+    """
+
+    title = "IA³"
+    paper = "arXiv:2205.05638"
+
+    targets: str | Sequence[str] | None = None
+    feedforward: Sequence[str] | None = None
+    layers: str | Sequence[int] | None = None
+
+    def sites(self, base: Structure) -> list[Site]:
+        if self.targets is not None:
+            return select_projections(base, self.targets, self.layers)
+        last = {s.path for s in base.sublayers if s.part == "mlp"}
+        sites = select_projections(base, "all-linear", self.layers)
+        chosen = [s for s in sites if s.role in ("k", "v", "qkv") or s.path in last]
+        if not chosen:
+            raise UsageError("IA³ finds no key, value or feed-forward projection", "Name them with targets.")
+        return chosen
+
+    def changes_input(self, site: Site) -> bool:
+        if self.feedforward is not None:
+            return any(site.path == f or site.path.endswith("." + f) for f in self.feedforward)
+        return site.part == "mlp"
+
+    def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"l": torch.ones(site.in_features if self.changes_input(site) else site.out_features)}
+
+    def input(self, params: Params, x: Tensor, site: Site) -> Tensor:
+        return x * params["l"]
+
+    def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return y if self.changes_input(site) else y * params["l"]
+
+    def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
+        scale, weight = params["l"], site.weight()
+        if self.changes_input(site):
+            merged = {"weight": weight * scale}
+        else:
+            merged = {"weight": weight * scale[:, None]}
+            bias = getattr(site.module, "bias", None)
+            if isinstance(bias, Tensor):
+                merged["bias"] = bias.detach() * scale
+        if site.transposed:
+            merged["weight"] = merged["weight"].t().contiguous()
+        return merged

@@ -1,0 +1,89 @@
+"""LoRA: a low-rank product beside a frozen weight.
+
+    y = W x + s B A x        s = alpha / r, or alpha / sqrt(r) with rank-stabilised scaling
+
+Papers: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685);
+Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732).
+
+Shapes: A is (r, in), B is (out, r). On an embedding `in` counts the rows of the table, and A's columns are looked up.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inlay.errors import UsageError
+
+from .contract import Method, Params, Site, Structure, select_projections
+
+__all__ = ["LoRA"]
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Settings of LoRA.
+
+    `r` is the rank and `alpha` the scale (2r where None); `targets` are module names, groups or a regular expression,
+    `layers` restricts them to some blocks; `rank_pattern` and `alpha_pattern` map a name or regular expression over
+    the end of a module's path to its own r or alpha; `use_rslora` divides by sqrt(r).
+    """
+
+    title = "LoRA"
+    paper = "arXiv:2106.09685"
+
+    r: int = 8
+    alpha: float | None = None
+    targets: str | Sequence[str] = "all-linear"
+    layers: str | Sequence[int] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        for r in (self.r, *self.rank_pattern.values()):
+            if r < 1:
+                raise UsageError(f"LoRA's rank r is {r}", "Choose 1 or more; 8 is usual.")
+
+    def sites(self, base: Structure) -> list[Site]:
+        return select_projections(base, self.targets, self.layers)
+
+    def rank(self, site: Site) -> int:
+        return int(_patterned(self.rank_pattern, site.path, self.r))
+
+    def scale(self, site: Site) -> float:
+        r = self.rank(site)
+        default = 2 * self.r if self.alpha is None else self.alpha
+        return _patterned(self.alpha_pattern, site.path, default) / (math.sqrt(r) if self.use_rslora else r)
+
+    def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        r = self.rank(site)
+        a, b = torch.zeros(r, site.in_features), torch.zeros(site.out_features, r)
+        if site.is_embedding:  # as the reference does: a table's columns start at zero
+            torch.nn.init.normal_(b, generator=generator)
+        else:
+            torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        return {"A": a, "B": b}
+
+    def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        a, b = params["A"], params["B"]
+        low = F.embedding(x, a.t()) if site.is_embedding else F.linear(x, a)
+        return y + F.linear(low, b) * self.scale(site)
+
+    def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
+        delta = params["B"] @ params["A"] * self.scale(site)
+        if site.is_embedding:
+            return {"weight": site.weight() + delta.t()}
+        weight = site.weight() + delta
+        return {"weight": weight.t().contiguous() if site.transposed else weight}
+
+
+def _patterned(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the first pattern that matches the end of `path`, else `default`."""
+    return next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", path)), default)

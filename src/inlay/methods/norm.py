@@ -1,0 +1,54 @@
+"""Norm tuning: each adapter has its own scale and shift in the base's normalisation layers.
+
+    y = norm(x; w', b')          w' and b' start as copies of the base's
+
+Paper: Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning"
+(arXiv:2312.11420). Shapes: w' and b' are those of the base's own parameters, (hidden,) as a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inlay.errors import UsageError
+
+from .contract import Method, Params, Site, Structure, parse_layers
+
+__all__ = ["NormTuning"]
+
+
+@dataclass(frozen=True)
+class NormTuning(Method):
+    """Settings of norm tuning: `targets` are endings of paths (every norm where None); `layers` keeps some blocks."""
+
+    title = "Norm tuning"
+    paper = "arXiv:2312.11420"
+
+    targets: Sequence[str] | None = None
+    layers: str | Sequence[int] | None = None
+
+    def sites(self, base: Structure) -> list[Site]:
+        sites = base.norms
+        if self.targets is not None:
+            sites = [s for s in sites if any(s.path == t or s.path.endswith("." + t) for t in self.targets)]
+        if self.layers is not None:
+            kept = parse_layers(self.layers, 1 + max(base.blocks.values(), default=-1))
+            sites = [s for s in sites if s.layer in kept]
+        if not sites:
+            names = ", ".join(sorted({s.name for s in base.norms})) or "none"
+            raise UsageError(f"norm targets {self.targets!r} match no norm of the base", f"Norms: {names}.")
+        return sites
+
+    def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        own = site.module.named_parameters(recurse=False)
+        return {name: value.detach().clone().float() for name, value in own}
+
+    def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return site.with_parameters(params, x)
+
+    def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
+        return dict(params)

@@ -1,0 +1,16 @@
+"""The one table of methods: the name people type, and the class behind it."""
+
+from __future__ import annotations
+
+from .contract import Method
+from .ia3 import IA3
+from .lora import LoRA
+from .norm import NormTuning
+
+__all__ = ["METHODS"]
+
+METHODS: dict[str, type[Method]] = {
+    "lora": LoRA,
+    "ia3": IA3,
+    "norm": NormTuning,
+}
