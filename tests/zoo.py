@@ -83,4 +83,6 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> tf.Pre
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:  # the usual start is so small that attention would hardly matter
+                parameter.mul_(4)
     return model.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from inlay.errors import UsageError
+from inlay.formats.peft import read_peft, write_peft
 from inlay.methods.contract import Method, Site
 from inlay.sites.find import find
 from inlay.stream.route import Blend, RowSpec, groups_of, normalise
@@ -49,6 +51,35 @@ class Bank:
         if name in self.adapters:
             raise UsageError(f"an adapter called {name!r} is here already", "Choose another name or remove it first.")
         adapter = Adapter(name, method, self.base, int(torch.randint(2**31, ())) if seed is None else seed)
+        return self._keep(adapter)
+
+    def load(self, name: str, path: str | Path) -> Adapter:
+        """Read an adapter from a folder that HF PEFT or Inlay wrote.
+
+        Raises: FormatError naming missing, extra, misshapen or non-finite tensors; nothing is kept then.
+        """
+        if name in self.adapters:
+            raise UsageError(f"an adapter called {name!r} is here already", "Choose another name or remove it first.")
+        method, tensors = read_peft(Path(path), self.base)
+        adapter = Adapter(name, method, self.base, seed=0)
+        with torch.no_grad():
+            for site, values in tensors.items():
+                for key, value in values.items():
+                    own = adapter.params[site][key]
+                    own.copy_(value.reshape(own.shape))
+        return self._keep(adapter)
+
+    def save(self, name: str, path: str | Path, format: str = "peft") -> None:
+        """Write an adapter to a folder: adapter_config.json and adapter_model.safetensors in HF PEFT's layout."""
+        normalise(name, self.adapters)
+        if format != "peft":
+            raise UsageError(f"adapters cannot be saved as {format!r}", 'Formats: "peft".')
+        adapter = self.adapters[name]
+        base_name = str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
+        write_peft(Path(path), adapter.method, list(adapter.sites.values()), adapter.params, base_name)
+
+    def _keep(self, adapter: Adapter) -> Adapter:
+        name = adapter.name
         self.adapters[name] = adapter
         for site in adapter.sites.values():
             self._hook(site)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Method(ABC):
 
     title: ClassVar[str]
     paper: ClassVar[str]
+    peft_type: ClassVar[str]
+    """What HF PEFT calls the method in adapter_config.json."""
 
     @abstractmethod
     def sites(self, base: Structure) -> list[Site]:
@@ -58,3 +60,19 @@ class Method(ABC):
         Raises: UsageError for methods that have no such parameters.
         """
         raise UsageError(f"{self.title} cannot be merged into the base", "Keep the adapter beside the base.")
+
+    @abstractmethod
+    def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """For each parameter at `site`, the end of its key in an HF PEFT checkpoint and its shape there."""
+
+    @abstractmethod
+    def to_peft(self, sites: list[Site]) -> dict[str, Any]:
+        """The fields of HF PEFT's config for this method at these sites, without `peft_type`."""
+
+    @classmethod
+    @abstractmethod
+    def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> Method:
+        """The method that an HF PEFT config describes, acting on the modules at `paths`.
+
+        Raises: FormatError naming a field whose value has no equivalent here.
+        """

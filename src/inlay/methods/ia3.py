@@ -9,8 +9,10 @@ Paper: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ class IA3(Method):
 
     title = "IA³"
     paper = "arXiv:2205.05638"
+    peft_type = "IA3"
 
     targets: str | Sequence[str] | None = None
     feedforward: Sequence[str] | None = None
@@ -72,3 +75,21 @@ class IA3(Method):
         if site.transposed:
             merged["weight"] = merged["weight"].t().contiguous()
         return merged
+
+    def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
+        shape = (1, site.in_features) if self.changes_input(site) else (site.out_features, 1)
+        return {"l": ("ia3_l", shape)}
+
+    def to_peft(self, sites: list[Site]) -> dict[str, Any]:
+        return {
+            "target_modules": [site.path for site in sites],
+            "feedforward_modules": [site.path for site in sites if self.changes_input(site)],
+            "fan_in_fan_out": all(site.transposed for site in sites),
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> IA3:
+        inner = config.get("feedforward_modules") or []
+        if isinstance(inner, str):
+            inner = [path for path in paths if re.fullmatch(inner, path)]
+        return cls(targets=paths, feedforward=list(inner))

@@ -14,12 +14,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inlay.errors import UsageError
+from inlay.errors import FormatError, UsageError
 
 from .contract import Method, Params, Site, Structure, select_projections
 
@@ -37,6 +38,7 @@ class LoRA(Method):
 
     title = "LoRA"
     paper = "arXiv:2106.09685"
+    peft_type = "LORA"
 
     r: int = 8
     alpha: float | None = None
@@ -82,6 +84,36 @@ class LoRA(Method):
             return {"weight": site.weight() + delta.t()}
         weight = site.weight() + delta
         return {"weight": weight.t().contiguous() if site.transposed else weight}
+
+    def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
+        ends = ("lora_embedding_A", "lora_embedding_B") if site.is_embedding else ("lora_A.weight", "lora_B.weight")
+        r = self.rank(site)
+        return {"A": (ends[0], (r, site.in_features)), "B": (ends[1], (site.out_features, r))}
+
+    def to_peft(self, sites: list[Site]) -> dict[str, Any]:
+        return {
+            "r": self.r,
+            "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
+            "use_rslora": self.use_rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "target_modules": [site.path for site in sites],
+            "fan_in_fan_out": all(site.transposed for site in sites),
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> LoRA:
+        for name in ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"):
+            if config.get(name):
+                raise FormatError(f"the LoRA checkpoint sets {name}, which is not supported", "Load it with peft.")
+        return cls(
+            r=config["r"],
+            alpha=config["lora_alpha"],
+            targets=paths,
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            use_rslora=bool(config.get("use_rslora")),
+        )
 
 
 def _patterned(patterns: Mapping[str, float], path: str, default: float) -> float:

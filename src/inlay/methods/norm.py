@@ -8,8 +8,9 @@ Paper: Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class NormTuning(Method):
 
     title = "Norm tuning"
     paper = "arXiv:2312.11420"
+    peft_type = "LN_TUNING"
 
     targets: Sequence[str] | None = None
     layers: str | Sequence[int] | None = None
@@ -52,3 +54,14 @@ class NormTuning(Method):
 
     def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
         return dict(params)
+
+    def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
+        own = site.module.named_parameters(recurse=False)
+        return {name: (f"ln_tuning_layers.{name}", tuple(value.shape)) for name, value in own}
+
+    def to_peft(self, sites: list[Site]) -> dict[str, Any]:
+        return {"target_modules": [site.path for site in sites]}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> NormTuning:
+        return cls(targets=paths)

@@ -1,0 +1,42 @@
+"""Opens tensor files: safetensors, or a foreign .bin that holds tensors and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from inlay.errors import FormatError
+
+__all__ = ["read_tensors"]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors, .bin or .pt file, on the CPU.
+
+    Raises: FormatError where the file is broken, holds anything but tensors, or a value is NaN or infinite.
+    """
+    try:
+        loaded = load_file(path) if path.suffix == ".safetensors" else _foreign(path)
+    except SafetensorError as error:
+        raise FormatError(f"{path} is not a whole safetensors file ({error})", "Copy or train it again.") from None
+    for key, value in loaded.items():
+        if not isinstance(value, Tensor):
+            raise FormatError(f"{path} holds {key!r}, which is not a tensor", "Only tensors are read.")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise FormatError(f"{path}: tensor {key!r} holds NaN or infinite values", "The adapter has diverged.")
+    return loaded
+
+
+def _foreign(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever is wrong with a foreign file, its name is what the reader needs
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FormatError(f"{path} is not a plain file of tensors ({why})", "Pickles are never opened.") from None
+    if not isinstance(loaded, dict):
+        raise FormatError(f"{path} holds a {type(loaded).__name__}, not named tensors", "Only state dicts are read.")
+    return {str(key): value for key, value in loaded.items()}
