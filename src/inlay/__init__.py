@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from inlay.methods.ia3 import IA3
     from inlay.methods.lora import LoRA
     from inlay.methods.norm import NormTuning
+    from inlay.methods.prefix import PrefixTuning
+    from inlay.methods.prompt import PromptTuning
 
-__all__ = ["IA3", "Bank", "LoRA", "NormTuning", "__version__", "attach"]
+__all__ = ["IA3", "Bank", "LoRA", "NormTuning", "PrefixTuning", "PromptTuning", "__version__", "attach"]
 
 __version__ = "0.1.0"
 
@@ -21,6 +23,8 @@ _WHERE = {
     "IA3": "inlay.methods.ia3",
     "LoRA": "inlay.methods.lora",
     "NormTuning": "inlay.methods.norm",
+    "PrefixTuning": "inlay.methods.prefix",
+    "PromptTuning": "inlay.methods.prompt",
 }
 
 

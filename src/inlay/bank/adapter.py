@@ -5,25 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from inlay.methods.contract import Method, Site, Structure
+from inlay.methods.contract import Method, Params, Site, Structure
 
 __all__ = ["Adapter"]
 
 
 class Adapter:
-    """Trainable parameters of `method` on `base`, float32 (float64 over a float64 base), on the base's device."""
+    """Trainable parameters of `method` on `base`, float32 (float64 over a float64 base), on the base's device.
+
+    `params` maps the path of a site to its parameters by name; those that all sites share stand under "".
+    """
 
     def __init__(self, name: str, method: Method, base: Structure, seed: int) -> None:
-        self.name, self.method = name, method
-        self.sites: dict[str, Site] = {site.path: site for site in method.sites(base)}
+        self.name, self.method, self.seed = name, method, seed
+        sites = method.sites(base)
+        self.sites: dict[str, Site] = {site.path: site for site in sites}
+        self.order: dict[nn.Module, tuple[Site, int]] = {site.module: (site, i) for i, site in enumerate(sites)}
         generator = torch.Generator().manual_seed(seed)
         like = next(base.model.parameters())
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        created = {path: method.create(site, generator) for path, site in self.sites.items()}
+        created[""] = method.shared(sites, generator)
         self.params: dict[str, dict[str, nn.Parameter]] = {
-            path: {key: nn.Parameter(value.to(like.device, dtype)) for key, value in created.items()}
-            for path, created in ((path, method.create(site, generator)) for path, site in self.sites.items())
+            path: {key: nn.Parameter(value.to(like.device, dtype)) for key, value in values.items()}
+            for path, values in created.items()
+            if values
         }
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -31,9 +39,9 @@ class Adapter:
         for site in self.params.values():
             yield from site.values()
 
-    def at(self, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    def at(self, path: str, dtype: torch.dtype | None = None) -> Params:
         """The parameters of one site in the dtype of the computation; gradients reach the float32 originals."""
-        return {key: value.to(dtype) for key, value in self.params[path].items()}
+        return Params({key: value if dtype is None else value.to(dtype) for key, value in self.params[path].items()})
 
     def __len__(self) -> int:
         return sum(p.numel() for p in self.parameters())

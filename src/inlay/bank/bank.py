@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from inlay.errors import UsageError
 from inlay.formats.peft import read_peft, write_peft
-from inlay.methods.contract import Method, Site
+from inlay.methods.contract import Method, Params
 from inlay.sites.find import find
-from inlay.stream.route import Blend, RowSpec, groups_of, normalise
+from inlay.stream.noise import Noise
+from inlay.stream.prefixes import KeysValues
+from inlay.stream.route import Blend, RowSpec, normalise
 
 from .adapter import Adapter
+from .applying import SiteHooks
+from .calls import CallHooks, Route
+from .packing import keeps_apart
 
 __all__ = ["Bank", "attach"]
 
@@ -36,12 +40,12 @@ class Bank:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.base = model, find(model)
         self.adapters: dict[str, Adapter] = {}
-        self._users: dict[str, list[str]] = {}  # path of a hooked module -> adapters that act there
-        self._handles: list[RemovableHandle] = []
-        self._routes: list[list[Blend]] = []
+        self._routes: list[Route] = []
         self._default: Blend = ()
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
+        self._calls = CallHooks(self.base, _Lookup(self))
+        self._sites = SiteHooks(self.base, self.adapters, self._route_in_force)
 
     def add(self, name: str, method: Method, seed: int | None = None) -> Adapter:
         """Make a fresh adapter; `seed` sets its start (without one, torch's global generator does).
@@ -76,44 +80,84 @@ class Bank:
             raise UsageError(f"adapters cannot be saved as {format!r}", 'Formats: "peft".')
         adapter = self.adapters[name]
         base_name = str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
-        write_peft(Path(path), adapter.method, list(adapter.sites.values()), adapter.params, base_name)
+        sites = list(adapter.sites.values())
+        write_peft(Path(path), adapter.method, sites, adapter.params, base_name, _task(self.model))
 
     def _keep(self, adapter: Adapter) -> Adapter:
-        name = adapter.name
-        self.adapters[name] = adapter
-        for site in adapter.sites.values():
-            self._hook(site)
-            self._users[site.path].append(name)
+        self.adapters[adapter.name] = adapter
+        self._sites.add(adapter)
         return adapter
 
     def remove(self, name: str) -> None:
         """Forget an adapter; the rest are not touched."""
         normalise(name, self.adapters)
-        in_force = [self._default, *(blend for rows in self._routes for blend in rows)]
+        in_force = [self._default, *(blend for route in self._routes for blend in route.blends)]
         if any(name == used for blend in in_force for used, _ in blend):
             raise UsageError(f"adapter {name!r} is in use by the route in force", "Leave the route first.")
         del self.adapters[name]
-        for users in self._users.values():
-            if name in users:
-                users.remove(name)
+        self._sites.forget(name)
 
     def set(self, row: RowSpec) -> None:
         """Route every row of every call that no `route` covers; None is the plain base."""
-        self._default = normalise(row, self.adapters)
+        self._default = self._checked(row)
 
     @contextmanager
-    def route(self, rows: Sequence[RowSpec]) -> Iterator[None]:
+    def route(self, rows: Sequence[RowSpec], noise: Noise | None = None) -> Iterator[None]:
         """Give each row of the batch its own adapters: a name, None, a list (stacked) or {name: weight}.
 
         A batch of a multiple of `len(rows)` (beams, several answers a prompt) repeats each row's entry in place.
+        `noise` switches dropout on.
         """
         if not rows:
             raise UsageError("a route without rows", "Give one entry for each row of the batch.")
-        self._routes.append([normalise(row, self.adapters) for row in rows])
+        with self._in_force(Route([self._checked(row) for row in rows], noise=noise)):
+            yield
+
+    @contextmanager
+    def stream(
+        self, segments: Sequence[tuple[RowSpec, int]], kept: Sequence[int] | None = None, noise: Noise | None = None
+    ) -> Iterator[None]:
+        """Run the base on one packed row, input_ids (1, tokens): each segment is (its adapters, its tokens).
+
+        `kept` says how many tokens of each segment go on to the head, where `logits_to_keep` picks some.
+        Raises: UsageError where the base cannot keep segments apart (see `packs`).
+        """
+        if not self.packs:
+            raise UsageError("this base cannot keep packed segments apart", "Use padded rows and `route`.")
+        if not segments:
+            raise UsageError("a stream without segments", "Give (adapters, tokens) for each.")
+        blends = [self._checked(row) for row, _ in segments]
+        lengths = [length for _, length in segments]
+        with self._in_force(Route(blends, lengths, None if kept is None else list(kept), noise)):
+            yield
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether segments of a packed row stay apart in this base: found out by comparing two tiny ones."""
+        return keeps_apart(self)
+
+    @contextmanager
+    def _in_force(self, route: Route) -> Iterator[None]:
+        self._routes.append(route)
         try:
             yield
         finally:
-            self._routes.pop()
+            self._routes.remove(route)
+
+    def _route_in_force(self) -> Route | None:
+        if self._routes:
+            return self._routes[-1]
+        return Route([self._default]) if self._default else None
+
+    def _checked(self, row: RowSpec) -> Blend:
+        blend = normalise(row, self.adapters)
+        for name, weight in blend:
+            method = self.adapters[name].method
+            if weight not in (None, 1.0) and (method.prefix_length or method.virtual_length):
+                raise UsageError(
+                    f"{method.title} adapter {name!r} cannot be weighted by {weight}", "Prefixes and prompts take 1."
+                )
+        return blend
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
         """The trainable tensors of one adapter, or of all."""
@@ -129,7 +173,7 @@ class Bank:
         adapter = self.adapters[name]
         merged: list[tuple[nn.Parameter, Tensor]] = []
         for path, site in adapter.sites.items():
-            params = {key: value.detach() for key, value in adapter.params[path].items()}
+            params = Params({key: value.detach() for key, value in adapter.params[path].items()})
             for key, value in adapter.method.merge(params, site).items():
                 merged.append((getattr(site.module, key), value))
         self.remove(name)
@@ -139,75 +183,56 @@ class Bank:
 
     def detach(self) -> None:
         """Take every hook off and give the base back as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._users.clear()
+        self._sites.remove()
+        self._calls.remove()
         self.adapters.clear()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._trainable.get(name, True))
 
-    # ---- what happens inside a forward
 
-    def _hook(self, site: Site) -> None:
-        if site.path in self._users:
-            return
-        self._users[site.path] = []
+def _task(model: nn.Module) -> str | None:
+    """What HF PEFT calls the kind of model."""
+    name = type(model).__name__
+    kinds = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+    kinds |= {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+    return next((task for end, task in kinds.items() if name.endswith(end)), "FEATURE_EXTRACTION")
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            x = self._applied(site.path, None, args[0])
-            return None if x is None else (x, *args[1:])
 
-        def after(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-            return self._applied(site.path, args[0], y)
+class _Lookup:
+    """Answers the call hooks' questions about blends."""
 
-        self._handles += [site.module.register_forward_pre_hook(before), site.module.register_forward_hook(after)]
+    def __init__(self, bank: Bank) -> None:
+        self._bank = bank
 
-    def _applied(self, path: str, x: Tensor | None, value: Tensor) -> Tensor | None:
-        """The site's new input (where x is None) or output, row by row; None where no row's adapter acts here."""
-        rows = self._routes[-1] if self._routes else [self._default]
-        users = self._users.get(path, ())
-        groups = {
-            blend: index
-            for blend, index in groups_of(rows).items()
-            if any(name in users and (x is not None or self._changes_input(name, path)) for name, _ in blend)
-        }
-        if not groups:
+    @property
+    def owner(self) -> object:
+        return self._bank.adapters
+
+    def route_in_force(self) -> Route | None:
+        return self._bank._route_in_force()
+
+    def virtual_length(self, blend: Blend) -> int:
+        return sum(self._bank.adapters[name].method.virtual_length for name, _ in blend)
+
+    def prefix_length(self, blend: Blend) -> int:
+        return sum(self._bank.adapters[name].method.prefix_length for name, _ in blend)
+
+    def version(self) -> int:
+        """Grows whenever a shared parameter changes."""
+        shared = (a.params.get("", {}) for a in self._bank.adapters.values())
+        return sum(p._version for params in shared for p in params.values())
+
+    def virtual_of(self, blend: Blend) -> Tensor | None:
+        adapters = [self._bank.adapters[name] for name, _ in blend]
+        found = [a.method.virtual(a.at("")) for a in adapters if a.method.virtual_length]
+        return torch.cat(found) if found else None
+
+    def prefix_of(self, blend: Blend, module: nn.Module) -> KeysValues | None:
+        found = []
+        for name, _ in blend:
+            adapter = self._bank.adapters[name]
+            if adapter.method.prefix_length and module in adapter.order:
+                found.append(adapter.method.prefix(adapter.at(""), *adapter.order[module]))
+        if not found:
             return None
-        if not value.is_floating_point():  # token ids into an embedding: methods change its output only
-            return None
-        parts = _by_row(value, len(rows), value.shape[-1])
-        inputs = None if x is None else _by_row(x, len(rows), x.shape[-1] if x.is_floating_point() else None)
-        for blend, index in groups.items():
-            at = slice(None) if len(index) == len(rows) else torch.tensor(index, device=value.device)
-            here = self._blended(blend, path, None if inputs is None else inputs[at], parts[at])
-            parts = here if isinstance(at, slice) else parts.index_copy(0, at, here)
-        return parts.reshape(value.shape)
-
-    def _changes_input(self, name: str, path: str) -> bool:
-        adapter = self.adapters[name]
-        return adapter.method.changes_input(adapter.sites[path])
-
-    def _blended(self, blend: Blend, path: str, x: Tensor | None, value: Tensor) -> Tensor:
-        """Stacked adapters see one another's result; weighted ones each see the base's, and their changes add up."""
-        out = value
-        for name, weight in blend:
-            adapter = self.adapters[name]
-            if path not in adapter.sites:
-                continue
-            params, site = adapter.at(path, value.dtype), adapter.sites[path]
-            start = out if weight is None else value
-            method = adapter.method
-            new = method.input(params, start, site) if x is None else method.output(params, x, start, site)
-            out = new if weight is None else out + weight * (new - value)
-        return out
-
-
-def _by_row(tensor: Tensor, rows: int, width: int | None) -> Tensor:
-    """View a tensor whose leading dimensions run row by row as (rows, tokens, width), or (rows, tokens) for ids."""
-    tokens = tensor.numel() // (width or 1)
-    if tokens % rows:
-        raise UsageError(
-            f"the route has {rows} rows but the batch holds {tuple(tensor.shape)}", "Give one entry for each row."
-        )
-    return tensor.reshape(rows, tokens // rows, width) if width else tensor.reshape(rows, tokens // rows)
+        return torch.cat([k for k, _ in found], 1), torch.cat([v for _, v in found], 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inlay.errors import FormatError, UsageError
 from inlay.files import write_json, written_beside
-from inlay.methods.contract import Method, Site, Structure
+from inlay.methods.contract import Method, Params, Site, Structure
 from inlay.methods.table import METHODS
 
 from .tensors import read_tensors
@@ -28,19 +28,33 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def write_peft(
-    folder: Path, method: Method, sites: list[Site], params: Mapping[str, Mapping[str, Tensor]], base_name: str
+    folder: Path,
+    method: Method,
+    sites: list[Site],
+    params: Mapping[str, Mapping[str, Tensor]],
+    base_name: str,
+    task: str | None = None,
 ) -> None:
     """Write one adapter so that `peft.PeftModel.from_pretrained(base, folder)` opens it; the tensors come first."""
+    folded, shared = method.folded(Params(params.get("", {})), sites)
+    params = {**params, "": shared}
     tensors = {}
-    for site in sites:
-        for name, (end, shape) in method.peft_keys(site).items():
-            value = params[site.path][name].detach().reshape(shape).cpu().contiguous().clone()
-            tensors[f"{ROOT}{site.path}.{end}"] = value
+    for key, (path, name, shape) in _keys(folded, sites).items():
+        tensors[key] = params[path][name].detach().reshape(shape).cpu().contiguous().clone()
     folder.mkdir(parents=True, exist_ok=True)
     with written_beside(folder / FILES[0]) as beside:
         save_file(tensors, beside, metadata={"format": "pt"})
     config = {"peft_type": method.peft_type, "base_model_name_or_path": base_name, "inference_mode": True}
-    write_json(folder / CONFIG, config | method.to_peft(sites))
+    write_json(folder / CONFIG, config | {"task_type": task} | folded.to_peft(sites))
+
+
+def _keys(method: Method, sites: Sequence[Site]) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+    """Key in the file -> path of the site ("" for shared parameters), name and shape of the parameter."""
+    keys = {key: ("", name, shape) for name, (key, shape) in method.shared_keys(sites).items()}
+    for site in sites:
+        for name, (end, shape) in method.peft_keys(site).items():
+            keys[f"{ROOT}{site.path}.{end}"] = (site.path, name, shape)
+    return keys
 
 
 def read_peft(folder: Path, base: Structure) -> tuple[Method, Tensors]:
@@ -57,20 +71,35 @@ def read_peft(folder: Path, base: Structure) -> tuple[Method, Tensors]:
     if file is None:
         raise UsageError(f"{folder} holds no {FILES[0]}", "Name the folder that the adapter was saved to.")
     stored = read_tensors(file)
+    try:
+        if kind.shared_only:
+            method, sites = kind.from_peft(config, []), None
+        else:
+            method, sites = _placed(kind, config, stored, base, folder, file.name)
+    except KeyError as error:
+        raise FormatError(f"{folder / CONFIG} lacks the field {error}", "Save the adapter again.") from None
+    return method, _fitted(method, method.sites(base) if sites is None else sites, stored, folder)
+
+
+def _placed(
+    kind: type[Method],
+    config: Mapping[str, Any],
+    stored: Mapping[str, Tensor],
+    base: Structure,
+    folder: Path,
+    file: str,
+) -> tuple[Method, list[Site]]:
+    """The method and its sites, from the modules that the stored keys name."""
     sites = {s.path: s for s in [*base.embeddings, *base.projections, *base.norms]}
     owners = {key: _owner(key, sites) for key in stored}
     if strangers := sorted(key for key, owner in owners.items() if owner is None):
         raise FormatError(
-            f"{file.name} of {folder} names {len(strangers)} modules that the base lacks, first {strangers[0]!r}",
+            f"{file} of {folder} names {len(strangers)} modules that the base lacks, first {strangers[0]!r}",
             "The adapter was trained on another base.",
         )
     paths = [path for path in sites if path in set(owners.values())]
     _all_targets_there(config, sites, set(paths), folder)
-    try:
-        method = kind.from_peft(config, paths)
-    except KeyError as error:
-        raise FormatError(f"{folder / CONFIG} lacks the field {error}", "Save the adapter again.") from None
-    return method, _fitted(method, [sites[p] for p in paths], stored, folder)
+    return kind.from_peft(config, paths), [sites[p] for p in paths]
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -115,19 +144,16 @@ def _fitted(method: Method, sites: list[Site], stored: Mapping[str, Tensor], fol
     """Every tensor in its place, in this library's shape; none missing, none left over."""
     tensors: Tensors = {}
     left = set(stored)
-    for site in sites:
-        tensors[site.path] = {}
-        for name, (end, shape) in method.peft_keys(site).items():
-            key = f"{ROOT}{site.path}.{end}"
-            if key not in stored:
-                raise FormatError(f"{folder} lacks the tensor {key!r}", "The checkpoint is not whole.")
-            if tuple(stored[key].shape) != shape:
-                raise FormatError(
-                    f"{key!r} in {folder} has shape {tuple(stored[key].shape)}, the base needs {shape}",
-                    "The adapter was trained on another base, or its config was edited.",
-                )
-            tensors[site.path][name] = stored[key]
-            left.discard(key)
+    for key, (path, name, shape) in _keys(method, sites).items():
+        if key not in stored:
+            raise FormatError(f"{folder} lacks the tensor {key!r}", "The checkpoint is not whole.")
+        if tuple(stored[key].shape) != shape:
+            raise FormatError(
+                f"{key!r} in {folder} has shape {tuple(stored[key].shape)}, the base needs {shape}",
+                "The adapter was trained on another base, or its config was edited.",
+            )
+        tensors.setdefault(path, {})[name] = stored[key]
+        left.discard(key)
     if left:
         raise FormatError(
             f"{folder} holds {len(left)} tensors of no use, first {sorted(left)[0]!r}", "Check its config."

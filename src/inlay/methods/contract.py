@@ -7,7 +7,7 @@ computes that site's new input or output for ONE adapter; which rows belong to w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,8 +21,15 @@ from inlay.sites.site import Site
 
 __all__ = ["Method", "Params", "Site", "Structure", "parse_layers", "select_projections"]
 
-Params = Mapping[str, Tensor]
-"""The parameters of one adapter at one site, by name, in the dtype of the computation."""
+
+class Params(dict[str, Tensor]):
+    """The parameters of one adapter at one site, by name, in the dtype of the computation."""
+
+    dropper: Callable[[Tensor, float], Tensor] | None = None
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """Dropout that is the same for a token wherever it stands in a batch; x itself outside of training."""
+        return x if self.dropper is None or not p else self.dropper(x, p)
 
 
 @dataclass(frozen=True)
@@ -33,14 +40,16 @@ class Method(ABC):
     paper: ClassVar[str]
     peft_type: ClassVar[str]
     """What HF PEFT calls the method in adapter_config.json."""
+    shared_only: ClassVar[bool] = False
+    """Whether all parameters are shared ones, so that a checkpoint names no module."""
 
     @abstractmethod
     def sites(self, base: Structure) -> list[Site]:
         """The sites this method acts on. Raises UsageError where it cannot act on this base, and says why."""
 
-    @abstractmethod
     def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh float32 parameters for one site; random numbers come from `generator` alone (on the CPU)."""
+        return {}
 
     def changes_input(self, site: Site) -> bool:
         """Whether `input` is called at this site."""
@@ -51,7 +60,10 @@ class Method(ABC):
         return x
 
     def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """The output that leaves the site instead of y = base(x): x is (..., in), y and the result (..., out)."""
+        """The output that leaves the site instead of y = base(x): x is (..., in), y and the result (..., out).
+
+        At a sublayer, y is what attention or MLP gives and x the residual stream that y will be added to.
+        """
         return y
 
     def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
@@ -61,12 +73,50 @@ class Method(ABC):
         """
         raise UsageError(f"{self.title} cannot be merged into the base", "Keep the adapter beside the base.")
 
-    @abstractmethod
+    # ---- attention and embedding sites: parameters that the sites of one adapter share
+
+    @property
+    def prefix_length(self) -> int:
+        """Keys and values put before those of a sequence."""
+        return 0
+
+    @property
+    def virtual_length(self) -> int:
+        """Embeddings put before those of a sequence."""
+        return 0
+
+    def shared(self, sites: Sequence[Site], generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh float32 parameters that belong to no single site; random numbers come from `generator` alone."""
+        return {}
+
+    def prefix(self, params: Params, site: Site, index: int) -> tuple[Tensor, Tensor]:
+        """Keys (heads, n, head_dim) and values (heads, n, value_dim) at the `index`-th attention site."""
+        raise NotImplementedError
+
+    def virtual(self, params: Params) -> Tensor:
+        """Embeddings (n, hidden) of the tokens put before a sequence."""
+        raise NotImplementedError
+
+    def prepared(self, tokenizer: Any) -> Method:
+        """This method with everything that only a tokenizer can say filled in."""
+        return self
+
+    def folded(self, params: Params, sites: Sequence[Site]) -> tuple[Method, Mapping[str, Tensor]]:
+        """The method and shared parameters to save: what only training needed is multiplied out."""
+        return self, params
+
+    # ---- checkpoints
+
     def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
         """For each parameter at `site`, the end of its key in an HF PEFT checkpoint and its shape there."""
+        return {}
+
+    def shared_keys(self, sites: Sequence[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """For each shared parameter of the folded method, its key and shape in an HF PEFT checkpoint."""
+        return {}
 
     @abstractmethod
-    def to_peft(self, sites: list[Site]) -> dict[str, Any]:
+    def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
         """The fields of HF PEFT's config for this method at these sites, without `peft_type`."""
 
     @classmethod

@@ -80,7 +80,7 @@ class IA3(Method):
         shape = (1, site.in_features) if self.changes_input(site) else (site.out_features, 1)
         return {"l": ("ia3_l", shape)}
 
-    def to_peft(self, sites: list[Site]) -> dict[str, Any]:
+    def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
         return {
             "target_modules": [site.path for site in sites],
             "feedforward_modules": [site.path for site in sites if self.changes_input(site)],

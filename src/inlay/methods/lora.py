@@ -33,7 +33,8 @@ class LoRA(Method):
 
     `r` is the rank and `alpha` the scale (2r where None); `targets` are module names, groups or a regular expression,
     `layers` restricts them to some blocks; `rank_pattern` and `alpha_pattern` map a name or regular expression over
-    the end of a module's path to its own r or alpha; `use_rslora` divides by sqrt(r).
+    the end of a module's path to its own r or alpha; `use_rslora` divides by sqrt(r);
+    `dropout` is the share of x's entries that the low-rank branch does not see in training.
     """
 
     title = "LoRA"
@@ -47,11 +48,14 @@ class LoRA(Method):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
             if r < 1:
                 raise UsageError(f"LoRA's rank r is {r}", "Choose 1 or more; 8 is usual.")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"LoRA's dropout is {self.dropout}", "Choose 0 or more and less than 1.")
 
     def sites(self, base: Structure) -> list[Site]:
         return select_projections(base, self.targets, self.layers)
@@ -75,7 +79,7 @@ class LoRA(Method):
 
     def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         a, b = params["A"], params["B"]
-        low = F.embedding(x, a.t()) if site.is_embedding else F.linear(x, a)
+        low = F.embedding(x, a.t()) if site.is_embedding else F.linear(params.drop(x, self.dropout), a)
         return y + F.linear(low, b) * self.scale(site)
 
     def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
@@ -90,10 +94,11 @@ class LoRA(Method):
         r = self.rank(site)
         return {"A": (ends[0], (r, site.in_features)), "B": (ends[1], (site.out_features, r))}
 
-    def to_peft(self, sites: list[Site]) -> dict[str, Any]:
+    def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
         return {
             "r": self.r,
             "lora_alpha": 2 * self.r if self.alpha is None else self.alpha,
+            "lora_dropout": self.dropout,
             "use_rslora": self.use_rslora,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
@@ -113,6 +118,7 @@ class LoRA(Method):
             rank_pattern=config.get("rank_pattern") or {},
             alpha_pattern=config.get("alpha_pattern") or {},
             use_rslora=bool(config.get("use_rslora")),
+            dropout=float(config.get("lora_dropout") or 0.0),
         )
 
 

@@ -59,7 +59,7 @@ class NormTuning(Method):
         own = site.module.named_parameters(recurse=False)
         return {name: (f"ln_tuning_layers.{name}", tuple(value.shape)) for name, value in own}
 
-    def to_peft(self, sites: list[Site]) -> dict[str, Any]:
+    def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
         return {"target_modules": [site.path for site in sites]}
 
     @classmethod

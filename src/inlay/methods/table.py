@@ -6,6 +6,8 @@ from .contract import Method
 from .ia3 import IA3
 from .lora import LoRA
 from .norm import NormTuning
+from .prefix import PrefixTuning
+from .prompt import PromptTuning
 
 __all__ = ["METHODS"]
 
@@ -13,4 +15,6 @@ METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "ia3": IA3,
     "norm": NormTuning,
+    "prefix": PrefixTuning,
+    "prompt": PromptTuning,
 }

@@ -47,7 +47,10 @@ def _stacks(model: nn.Module) -> tuple[nn.Module, ...]:
         return (model.get_encoder(), model.get_decoder())  # pyright: ignore[reportCallIssue]
     base = getattr(model, "base_model", model)
     inner = getattr(base, "language_model", None)
-    return (inner if isinstance(inner, nn.Module) else base,)
+    stack = inner if isinstance(inner, nn.Module) else base
+    while len(children := list(stack.children())) == 1 and hasattr(children[0], "get_input_embeddings"):
+        stack = children[0]  # a mere wrapper, which the model with a head does not even call
+    return (stack,)
 
 
 def _blocks(model: nn.Module) -> dict[str, int]:

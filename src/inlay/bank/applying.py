@@ -1,0 +1,161 @@
+"""Hooks on single modules: each part of an activation gets the methods of its own adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from inlay.errors import UsageError
+from inlay.methods.contract import Site, Structure
+from inlay.stream.call import Call, current
+from inlay.stream.noise import Dropper, Noise
+from inlay.stream.padded import PaddedCall
+from inlay.stream.portions import Part, Portions
+
+from .adapter import Adapter
+from .calls import Route
+from .residual import Residuals
+
+__all__ = ["SiteHooks"]
+
+
+class SiteHooks:
+    """Hooks the modules that adapters act on, once each, and applies whatever the route in force says."""
+
+    def __init__(self, base: Structure, adapters: dict[str, Adapter], route: Callable[[], Route | None]) -> None:
+        self.base, self.adapters, self._route = base, adapters, route
+        self.residuals = Residuals(base)
+        self._users: dict[str, list[str]] = {}  # path of a hooked module -> adapters that act there
+        self._handles: list[RemovableHandle] = []
+
+    def add(self, adapter: Adapter) -> None:
+        for site in adapter.sites.values():
+            if site.kind in ("attention", "embedding"):
+                continue  # those act through the call, not through a module
+            if site.kind == "sublayer":
+                self.residuals.watch()
+            if site.path not in self._users:
+                self._users[site.path] = []
+                self._hook(site)
+            self._users[site.path].append(adapter.name)
+
+    def forget(self, name: str) -> None:
+        for users in self._users.values():
+            if name in users:
+                users.remove(name)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.residuals.remove()
+        self._users.clear()
+
+    def _hook(self, site: Site) -> None:
+        path = site.path
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            changed = self._applied(path, None, args[0]) if args else None
+            return None if changed is None else (changed, *args[1:])
+
+        def after(module: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
+            value = y[0] if isinstance(y, tuple) else y
+            changed = self._applied(path, args[0] if args else value, value)
+            if changed is None:
+                return None
+            return (changed, *y[1:]) if isinstance(y, tuple) else changed
+
+        self._handles += [site.module.register_forward_pre_hook(before), site.module.register_forward_hook(after)]
+
+    def _applied(self, path: str, x: Tensor | None, value: Tensor) -> Tensor | None:
+        """The site's new input (where x is None) or output; None where no adapter in force acts here."""
+        route = self._route()
+        if route is None or not self._users[path] or not value.is_floating_point():
+            return None
+        users = self._users[path]
+        if not any(name in users for blend in route.blends for name, _ in blend):
+            return None
+        if x is None and not any(self._changes_input(name, path) for name in users):
+            return None
+        call = current()
+        inside = call if call is not None and call.owner is self.adapters else None
+        portions, unfolded = _cut(inside, route, value)
+        pieces = portions.split(unfolded)
+        inputs = _split_like(portions, inside, route, x)
+        residual = self.residuals.of(path)
+        streams = _split_like(portions, inside, route, residual)
+        new = [
+            self._blended(
+                part, path, inputs[i] if inputs else None, piece, streams[i] if streams else None, inside, route
+            )
+            for i, (part, piece) in enumerate(zip(portions.parts, pieces, strict=True))
+        ]
+        joined = portions.join(new)
+        return joined.reshape(value.shape) if inside is None else inside.fold(joined, value)
+
+    def _changes_input(self, name: str, path: str) -> bool:
+        adapter = self.adapters[name]
+        return adapter.method.changes_input(adapter.sites[path])
+
+    def _blended(
+        self, part: Part, path: str, x: Tensor | None, value: Tensor, stream: Tensor | None, call: Call | None,
+        route: Route,
+    ) -> Tensor:  # fmt: skip
+        """Stacked adapters see one another's result; weighted ones each see the base's, and their changes add up."""
+        out = value
+        here = [(name, weight) for name, weight in part.blend if path in self.adapters[name].sites]
+        # A sublayer's adapters stand behind those of its last projection.
+        for name, weight in sorted(here, key=lambda entry: self.adapters[entry[0]].sites[path].kind == "sublayer"):
+            adapter = self.adapters[name]
+            site, method = adapter.sites[path], adapter.method
+            params = adapter.at(path, value.dtype)
+            params.dropper = self._dropper(adapter, path, part, call, route, value)
+            start = out if weight is None else value
+            if x is None:
+                new = method.input(params, start, site)
+            elif site.kind == "sublayer":
+                assert stream is not None
+                new = method.output(params, stream, start, site)
+            else:
+                new = method.output(params, x, start, site)
+            out = new if weight is None else out + weight * (new - value)
+        return out
+
+    def _dropper(
+        self, adapter: Adapter, path: str, part: Part, call: Call | None, route: Route, value: Tensor
+    ) -> Dropper | None:
+        noise: Noise | None = route.noise
+        if noise is None or not getattr(adapter.method, "dropout", 0.0):
+            return None
+        if isinstance(call, PaddedCall):
+            units = [(noise.samples[u], int(call.lead[u]), value.shape[1]) for u in part.units]
+        elif route.lengths is not None:
+            sizes = route.lengths if call is None else call.lengths  # pyright: ignore[reportAttributeAccessIssue]
+            units = [(noise.samples[u], 0, sizes[u]) for u in part.units]
+        else:
+            units = [(noise.samples[u], 0, value.shape[1]) for u in part.units]
+        return Dropper(adapter.seed, path, noise.step, units)
+
+
+def _cut(call: Call | None, route: Route, value: Tensor) -> tuple[Portions, Tensor]:
+    """How dimension 0 is cut, and the activation (or ids) unfolded for it; behind the stacks the route says it."""
+    width = value.shape[-1] if value.is_floating_point() else None
+    if call is not None:
+        return call.portions, call.unfold(value, width)
+    tokens = value.numel() // (width or 1)
+    if route.lengths is None:
+        rows = len(route.blends)
+        if tokens % rows:
+            raise UsageError(f"the route has {rows} rows but {tokens} tokens came", "Give one entry for each row.")
+        return Portions(route.blends), value.reshape(rows, -1, width) if width else value.reshape(rows, -1)
+    for sizes in (route.kept, route.lengths):
+        if sizes is not None and sum(sizes) == tokens:
+            return Portions(route.blends, sizes), value.reshape(-1, width) if width else value.reshape(-1)
+    raise UsageError(f"{tokens} tokens behind the stack belong to no segment", "Give `kept` with the segments.")
+
+
+def _split_like(portions: Portions, call: Call | None, route: Route, value: Tensor | None) -> tuple[Tensor, ...] | None:
+    """`value` (activations, or ids) cut like the activation it goes with."""
+    return None if value is None else portions.split(_cut(call, route, value)[1])

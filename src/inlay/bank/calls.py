@@ -1,0 +1,258 @@
+"""Hooks on the base's stacks: they lay each call out before it starts and narrow its result when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from inlay.errors import UsageError
+from inlay.sites.find import Structure
+from inlay.sites.probe import attention_configs, attention_sites, uses_interface
+from inlay.stream.attention import taken_over
+from inlay.stream.call import current, entered
+from inlay.stream.noise import Noise
+from inlay.stream.packed import PackedCall
+from inlay.stream.padded import PaddedCall
+from inlay.stream.prefixes import KeysValues, Prefixes
+from inlay.stream.route import Blend
+from inlay.stream.stack import Stack, describe
+
+__all__ = ["CallHooks", "Lookup", "Route"]
+
+
+@dataclass
+class Route:
+    """What is in force between entering and leaving a route: blends of rows, or of segments with their `lengths`;
+    `kept` holds how many tokens of each segment go on to the head."""
+
+    blends: list[Blend]
+    lengths: list[int] | None = None
+    kept: list[int] | None = None
+    noise: Noise | None = None
+    held: dict[Any, Prefixes] = field(default_factory=dict)
+
+
+class Lookup(Protocol):
+    """What the hooks ask the bank; `owner` marks its calls."""
+
+    @property
+    def owner(self) -> object: ...
+    def virtual_length(self, blend: Blend) -> int: ...
+    def prefix_length(self, blend: Blend) -> int: ...
+    def virtual_of(self, blend: Blend) -> Tensor | None: ...
+    def prefix_of(self, blend: Blend, module: nn.Module) -> KeysValues | None: ...
+    def version(self) -> int: ...
+    def route_in_force(self) -> Route | None: ...
+
+
+class CallHooks:
+    """Lives as long as the bank is attached."""
+
+    def __init__(self, base: Structure, bank: Lookup) -> None:
+        self.base, self.bank = base, bank
+        parts = ("encoder", "decoder") if len(base.stacks) == 2 else ("",)
+        self.stacks = [describe(module, part) for module, part in zip(base.stacks, parts, strict=True)]
+        self.configs = attention_configs(base.model)
+        self._open: list[tuple[nn.Module, ExitStack]] = []
+        self._caches: WeakKeyDictionary[Any, list[Blend]] = WeakKeyDictionary()
+        self._checkpointed = [m for m in base.model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._rebound: list[tuple[nn.Module, Any]] = []
+        self.handles: list[RemovableHandle] = []
+        for stack in self.stacks:
+            self.handles += [
+                stack.module.register_forward_pre_hook(partial(self._before, stack), with_kwargs=True),
+                stack.module.register_forward_hook(partial(self._after, stack), with_kwargs=True, always_call=True),
+            ]
+            if stack.pooler is not None:
+                self.handles.append(stack.pooler.register_forward_pre_hook(self._pool))
+        for embedding in {id(s.embedding): s.embedding for s in self.stacks}.values():
+            self.handles.append(embedding.register_forward_hook(self._embed))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for module, original in self._rebound:
+            module._gradient_checkpointing_func = original  # pyright: ignore[reportArgumentType]
+
+    # ---- before, inside and after a stack
+
+    def _before(self, stack: Stack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        opened = ExitStack()
+        self._open.append((module, opened))
+        route = self.bank.route_in_force()
+        if route is None:
+            opened.enter_context(entered(None))
+            return None
+        given = stack.arguments(args, kwargs)
+        call = self._packed(stack, route) if route.lengths else self._padded(stack, route, given)
+        given = call.prepare(given)
+        if stack.part == "decoder" and not route.lengths:
+            self._widen_cross_mask(given, route)
+        self._check_cache(given.get("past_key_values"), route.blends)
+        self._bind_checkpoints(route, call)
+        opened.enter_context(entered(call))
+        if call.attends:
+            opened.enter_context(taken_over(self.configs))
+        return (), given
+
+    def _padded(self, stack: Stack, route: Route, given: dict[str, Any]) -> PaddedCall:
+        rows = _rows(given)
+        if rows % len(route.blends):
+            raise UsageError(
+                f"the route has {len(route.blends)} rows but the batch has {rows}", "Give one entry for each row."
+            )
+        blends = [blend for blend in route.blends for _ in range(rows // len(route.blends))]
+        virtual = [0 if stack.part == "decoder" else self.bank.virtual_length(b) for b in blends]
+        prefixes = self._prefixes(stack, route, blends)
+        by_cache = prefixes.longest > 0 and not uses_interface(self.base)
+        if by_cache and stack.module.training and any(m.gradient_checkpointing for m in self._checkpointed):
+            raise UsageError("this base drops prefixes under gradient checkpointing", "Switch checkpointing off.")
+        return PaddedCall(self.bank.owner, blends, stack, virtual, prefixes, self.bank.virtual_of, by_cache)
+
+    def _packed(self, stack: Stack, route: Route) -> PackedCall:
+        assert route.lengths is not None
+        virtual = [self.bank.virtual_length(b) for b in route.blends]
+        prefixes = self._prefixes(stack, route, route.blends)
+        return PackedCall(self.bank.owner, route.blends, route.lengths, stack, virtual, prefixes, self.bank.virtual_of)
+
+    def _prefixes(self, stack: Stack, route: Route, blends: Sequence[Blend]) -> Prefixes:
+        """Held by the route while nothing is trained, so that each layer stacks its prefixes once."""
+        spot = (stack.part, len(blends), self.bank.version())
+        if spot not in route.held or torch.is_grad_enabled():
+            lengths = [0 if stack.part == "encoder" else self.bank.prefix_length(b) for b in blends]
+            modules = [site.module for site in attention_sites(self.base)] if any(lengths) else []
+            route.held[spot] = Prefixes(blends, lengths, self.bank.prefix_of, modules)
+        return route.held[spot]
+
+    def _embed(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
+        call = current()
+        if (
+            isinstance(call, (PaddedCall, PackedCall))
+            and call.owner is self.bank.owner
+            and module is call.stack.embedding
+        ):
+            return call.embed(embedded)
+        return None
+
+    def _pool(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        call = current()
+        return (
+            (call.narrow(args[0]), *args[1:])
+            if isinstance(call, PaddedCall) and call.owner is self.bank.owner
+            else None
+        )
+
+    def _after(self, stack: Stack, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+        while self._open:  # a call that broke off inside leaves its own entry behind
+            opened, context = self._open.pop()
+            call = current()
+            context.close()
+            if opened is module:
+                break
+        else:
+            return None
+        if not isinstance(call, (PaddedCall, PackedCall)) or out is None:
+            return None
+        self._tag_cache(getattr(out, "past_key_values", None), call.blends)
+        return None if stack.part == "encoder" else _narrowed(out, call)
+
+    # ---- encoder and decoder, caches, checkpointing
+
+    def _widen_cross_mask(self, given: dict[str, Any], route: Route) -> None:
+        """The encoder's output holds virtual tokens: the decoder's view of it gets their columns."""
+        states = given.get("encoder_hidden_states")
+        widest = max((self.bank.virtual_length(b) for b in route.blends), default=0)
+        if states is None or not widest:
+            return
+        rows, columns = states.shape[:2]
+        mask = given.get("encoder_attention_mask")
+        if mask is None:
+            mask = torch.ones(rows, columns - widest, dtype=torch.long, device=states.device)
+        if mask.shape[1] == columns:
+            return
+        each = rows // len(route.blends)
+        virtual = torch.tensor(
+            [self.bank.virtual_length(b) for b in route.blends for _ in range(each)], device=mask.device
+        )
+        wide, column = F.pad(mask, (widest, 0)), torch.arange(columns, device=mask.device)[None]
+        end = (mask.long().argmax(1) + widest)[:, None]
+        # Left padding moves to the front of the virtual tokens, as in the encoder's own call.
+        moved = torch.where(column < end, 0, wide)
+        given["encoder_attention_mask"] = torch.where((column >= end - virtual[:, None]) & (column < end), 1, moved)
+
+    def _check_cache(self, cache: Any, blends: list[Blend]) -> None:
+        if cache is None or not cache.get_seq_length():
+            return
+        tag = self._caches.get(cache)
+        if tag is not None and tag != _spread(blends, len(tag)):
+            raise UsageError("past_key_values were filled under another route", "Use a new cache for a new route.")
+
+    def _tag_cache(self, cache: Any, blends: list[Blend]) -> None:
+        if cache is not None and hasattr(cache, "get_seq_length"):
+            self._caches[cache] = list(blends)
+
+    def _bind_checkpoints(self, route: Route, call: PaddedCall | PackedCall) -> None:
+        """Recomputation runs during backward, when the call is over: each checkpoint takes it along."""
+        for module in self._checkpointed:
+            original = module.__dict__.get("_gradient_checkpointing_func")
+            if original is not None and not hasattr(original, "bound_by_inlay"):
+                module._gradient_checkpointing_func = _Rebound(original, self)  # pyright: ignore
+                self._rebound.append((module, original))
+
+    @contextmanager
+    def again(self, call: Any) -> Iterator[None]:
+        """Enter `call` once more."""
+        with ExitStack() as contexts:
+            contexts.enter_context(entered(call))
+            if call is not None and call.attends:
+                contexts.enter_context(taken_over(self.configs))
+            yield
+
+
+class _Rebound:
+    """A checkpointing function whose recomputation sees the call it was made in."""
+
+    bound_by_inlay = True
+
+    def __init__(self, original: Any, hooks: CallHooks) -> None:
+        self.original, self.hooks = original, hooks
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        call = current()
+
+        def run(*inner: Any, **named: Any) -> Any:
+            with self.hooks.again(call):
+                return function(*inner, **named)
+
+        return self.original(run, *args, **kwargs)
+
+
+def _rows(given: dict[str, Any]) -> int:
+    for value in (given.get("input_ids"), given.get("inputs_embeds"), *given.values()):
+        if isinstance(value, Tensor):
+            return value.shape[0]
+    raise UsageError("the base was called without a tensor", "Give input_ids.")
+
+
+def _spread(blends: list[Blend], rows: int) -> list[Blend]:
+    return [blend for blend in blends for _ in range(max(1, rows // len(blends)))]
+
+
+def _narrowed(out: Any, call: PaddedCall | PackedCall) -> Any:
+    if isinstance(out, Tensor):
+        return call.narrow(out)
+    if isinstance(out, tuple):
+        return (call.narrow(out[0]), *out[1:])
+    out.last_hidden_state = call.narrow(out.last_hidden_state)
+    if getattr(out, "hidden_states", None) is not None:
+        out.hidden_states = tuple(call.narrow(states) for states in out.hidden_states)
+    return out

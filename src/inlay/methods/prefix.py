@@ -1,0 +1,117 @@
+"""Prefix tuning: keys and values, learned for every layer, that each token sees beside those of its sequence.
+
+    attention(q, [P_k; K], [P_v; V])        P = MLP(E) while training with prefix_projection, else P itself
+
+Paper: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation" (arXiv:2101.00190).
+Shapes: P is (n, 2 L heads head_dim), layer by layer, keys before values. With `prefix_projection`, E is (n, d), and the
+network W1 (h, d), b1 (h,), W2 (2 L d, h), b2 (2 L d,) with d = heads head_dim; it is multiplied out when saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inlay.errors import FormatError, UsageError
+from inlay.sites.probe import attention_sites
+
+from .contract import Method, Params, Site, Structure
+
+__all__ = ["PrefixTuning"]
+
+
+@dataclass(frozen=True)
+class PrefixTuning(Method):
+    """Settings: `num_virtual_tokens` prefix keys a layer; `prefix_projection` trains them through a network of width
+    `encoder_hidden_size` (that of the keys where None).
+
+    A decoder that attends to an encoder has prefixes in its self-attention, laid out as the reference does: layer i
+    takes the pair 4i mod 2L.
+    """
+
+    title = "Prefix tuning"
+    paper = "arXiv:2101.00190"
+    peft_type = "PREFIX_TUNING"
+    shared_only = True
+
+    num_virtual_tokens: int = 20
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise UsageError(f"num_virtual_tokens is {self.num_virtual_tokens}", "Choose 1 or more; 20 is usual.")
+
+    @property
+    def prefix_length(self) -> int:
+        return self.num_virtual_tokens
+
+    def sites(self, base: Structure) -> list[Site]:
+        sites = [site for site in attention_sites(base) if site.stack != "encoder"]
+        if not sites:
+            raise UsageError("prefix tuning finds no attention with keys and values in this base", "Choose LoRA.")
+        if len({(s.heads, s.head_dim, s.value_dim) for s in sites}) > 1:
+            raise UsageError("the base's layers have keys of different sizes", "Prefix tuning needs equal ones.")
+        if any(s.head_dim != s.value_dim for s in sites):
+            raise UsageError("the base's keys and values have different sizes", "Prefix tuning needs equal ones.")
+        return sites
+
+    def shared(self, sites: Sequence[Site], generator: torch.Generator) -> dict[str, Tensor]:
+        n, width = self.num_virtual_tokens, sites[0].heads * sites[0].head_dim
+        total = 2 * len(sites) * width
+        if not self.prefix_projection:
+            return {"prefix": torch.randn(n, total, generator=generator)}
+        inner = self.encoder_hidden_size or width
+        params = {"embedding": torch.randn(n, width, generator=generator)}
+        for name, (rows, columns) in {"1": (inner, width), "2": (total, inner)}.items():
+            bound = columns**-0.5
+            params[f"w{name}"] = torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+            params[f"b{name}"] = torch.empty(rows).uniform_(-bound, bound, generator=generator)
+        return params
+
+    def prefix(self, params: Params, site: Site, index: int) -> tuple[Tensor, Tensor]:
+        width = site.heads * site.head_dim
+        if site.stack == "decoder":
+            layers = params["w2" if self.prefix_projection else "prefix"].shape[not self.prefix_projection]
+            index = 2 * index % (layers // (2 * width))
+        span = slice(2 * index * width, 2 * (index + 1) * width)
+        if self.prefix_projection:
+            inner = F.linear(params["embedding"], params["w1"], params["b1"]).tanh()
+            both = F.linear(inner, params["w2"][span], params["b2"][span])
+        else:
+            both = params["prefix"][:, span]
+        keys, values = both.unflatten(1, (2, site.heads, site.head_dim)).permute(1, 2, 0, 3)  # (heads, n, head_dim)
+        return keys, values
+
+    def folded(self, params: Params, sites: Sequence[Site]) -> tuple[Method, Mapping[str, Tensor]]:
+        if not self.prefix_projection:
+            return self, params
+        inner = F.linear(params["embedding"], params["w1"], params["b1"]).tanh()
+        plain = replace(self, prefix_projection=False, encoder_hidden_size=None)
+        return plain, {"prefix": F.linear(inner, params["w2"], params["b2"])}
+
+    def shared_keys(self, sites: Sequence[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        width = sites[0].heads * sites[0].head_dim
+        return {"prefix": ("prompt_embeddings", (self.num_virtual_tokens, 2 * len(sites) * width))}
+
+    def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
+        return {
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "prefix_projection": False,
+            "encoder_hidden_size": sites[0].heads * sites[0].head_dim,
+            "num_layers": len(sites),
+            "num_attention_heads": sites[0].heads,
+            "token_dim": sites[0].heads * sites[0].head_dim,
+            "num_transformer_submodules": 2 if sites[0].stack == "decoder" else 1,
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> PrefixTuning:
+        if config.get("init_weights") not in (None, True, False):
+            raise FormatError("the prefix checkpoint sets init_weights to a method", "Save it again with peft.")
+        return cls(num_virtual_tokens=config["num_virtual_tokens"])

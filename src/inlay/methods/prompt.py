@@ -1,0 +1,101 @@
+"""Prompt tuning: embeddings, learned for no real token, that stand before the sequence.
+
+    x' = [P; embed(x)]
+
+Paper: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning" (arXiv:2104.08691).
+Shapes: P is (n, hidden), or (n submodules, hidden) where a reference checkpoint of an encoder-decoder holds rows for
+its decoder too; the first n are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.errors import UsageError
+from inlay.sites.site import plain_call
+
+from .contract import Method, Params, Site, Structure
+
+__all__ = ["PromptTuning"]
+
+
+@dataclass(frozen=True)
+class PromptTuning(Method):
+    """Settings: `num_virtual_tokens` embeddings, which start as random ones of the table's size (`init` "random"), as
+    those of random tokens ("vocab"), or as those of `init_text`, repeated or cut to length ("text"); `init_ids` are
+    the tokens of the text, for those who have no tokenizer at hand.
+    """
+
+    title = "Prompt tuning"
+    paper = "arXiv:2104.08691"
+    peft_type = "PROMPT_TUNING"
+    shared_only = True
+
+    num_virtual_tokens: int = 20
+    init: str = "random"
+    init_text: str | None = None
+    init_ids: Sequence[int] | None = None
+    submodules: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise UsageError(f"num_virtual_tokens is {self.num_virtual_tokens}", "Choose 1 or more; 20 is usual.")
+        if self.init not in ("random", "vocab", "text"):
+            raise UsageError(f"init {self.init!r} is not known", "Choose random, vocab or text.")
+        if self.init_text is not None or self.init_ids is not None:
+            object.__setattr__(self, "init", "text")
+        elif self.init == "text":
+            raise UsageError("init is 'text' but there is no text", "Give init_text.")
+
+    @property
+    def virtual_length(self) -> int:
+        return self.num_virtual_tokens
+
+    def sites(self, base: Structure) -> list[Site]:
+        table: Any = base.stacks[0].get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        site = next((s for s in base.embeddings if s.module is table), None)
+        if site is None:
+            raise UsageError("prompt tuning needs a base that embeds token ids", "Choose LoRA or prefix tuning.")
+        return [replace(site, kind="embedding")]
+
+    def prepared(self, tokenizer: Any) -> Method:
+        if self.init_text is None or self.init_ids is not None:
+            return self
+        return replace(self, init_ids=tuple(tokenizer(self.init_text, add_special_tokens=False)["input_ids"]))
+
+    def shared(self, sites: Sequence[Site], generator: torch.Generator) -> dict[str, Tensor]:
+        rows, site = self.num_virtual_tokens * self.submodules, sites[0]
+        sample = torch.randint(site.in_features, (max(rows, 256),), generator=generator)
+        if self.init == "text":
+            if not self.init_ids:
+                raise UsageError("the tokens of init_text are not known here", "Give init_ids.")
+            sample = torch.tensor(list(self.init_ids)).repeat(rows)
+        looked_up = plain_call(site.module, {}, sample.to(site.module.weight.device)).detach().float().cpu()  # pyright: ignore
+        if self.init == "random":
+            return {"prompt": torch.randn(rows, site.out_features, generator=generator) * looked_up.std()}
+        return {"prompt": looked_up[:rows].clone()}
+
+    def virtual(self, params: Params) -> Tensor:
+        return params["prompt"][: self.num_virtual_tokens]
+
+    def shared_keys(self, sites: Sequence[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        shape = (self.num_virtual_tokens * self.submodules, sites[0].out_features)
+        return {"prompt": ("prompt_embeddings", shape)}
+
+    def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
+        return {
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "token_dim": sites[0].out_features,
+            "num_transformer_submodules": self.submodules,
+            "prompt_tuning_init": "RANDOM",
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> PromptTuning:
+        count = config.get("num_transformer_submodules") or 1
+        return cls(num_virtual_tokens=config["num_virtual_tokens"], submodules=count)

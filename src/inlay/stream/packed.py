@@ -1,0 +1,257 @@
+"""One packed call: a single row of tokens, cut into segments that never see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import UsageError
+
+from .call import Call
+from .portions import Portions
+from .prefixes import Prefixes
+from .route import Blend
+from .stack import Stack
+
+__all__ = ["PackedCall"]
+
+
+@dataclass
+class _Block:
+    """Segments of like length, attended together: `index` (b, n) tokens of the stream, `real` (b, n) which are not
+    padding. Padding repeats its own segment's first token, so that no value ever crosses to another segment.
+    """
+
+    units: list[int]
+    index: Tensor
+    real: Tensor
+
+
+class _StreamMask:
+    """What the base's layers hand around in place of a mask: the rule, to be evaluated inside each segment."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self.held: dict[tuple[int, torch.dtype], Tensor] = {}
+
+
+class _Take(torch.autograd.Function):
+    """Rows of x (T, ...) by `index`; each row of x has exactly one real place, at `home` of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, home: Tensor) -> Tensor:
+        ctx.save_for_backward(home)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (home,) = ctx.saved_tensors
+        return grads[0].index_select(0, home), None, None
+
+
+class _Put(torch.autograd.Function):
+    """The inverse of `_Take`: real places of x (b * n, ...) back in the order of the stream; padding is left out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, home: Tensor, padding: Tensor) -> Tensor:
+        ctx.save_for_backward(index, padding)
+        return x.index_select(0, home)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        index, padding = ctx.saved_tensors
+        back = grads[0].index_select(0, index)
+        if padding.numel():
+            back.index_fill_(0, padding, 0)
+        return back, None, None, None
+
+
+class PackedCall(Call):
+    """Segments of `lengths` tokens, each with its blend, its virtual tokens in front and its prefix keys."""
+
+    attends = True
+
+    def __init__(
+        self, owner: object, blends: Sequence[Blend], lengths: Sequence[int], stack: Stack, virtual: Sequence[int],
+        prefixes: Prefixes, values: Callable[[Blend], Tensor | None],
+    ) -> None:  # fmt: skip
+        self.lengths = [length + v for length, v in zip(lengths, virtual, strict=True)]
+        super().__init__(owner, Portions(blends, self.lengths))
+        self.blends, self.stack, self.prefixes, self._values = list(blends), stack, prefixes, values
+        self.virtual = list(virtual)
+        self.starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+        self._real = torch.cat([torch.arange(n) >= v for n, v in zip(self.lengths, virtual, strict=True)])
+        self._blocks = [self._block(units) for units in _like_lengths(self.lengths)]
+        self.home = self._homes()
+        self._filled = not any(virtual)
+
+    def unfold(self, value: Tensor, width: int | None) -> Tensor:
+        tokens = self.portions.total
+        if self._by_head(value):
+            value = value.transpose(1, 2)
+        if tokens not in value.shape[:2] or (value.ndim > 2 and value.shape[1] != tokens):
+            raise UsageError(
+                f"an activation {tuple(value.shape)} does not hold {tokens} tokens", "Choose other targets."
+            )
+        return value.reshape(tokens, -1, width).squeeze(1) if width else value.reshape(tokens)
+
+    def fold(self, value: Tensor, like: Tensor) -> Tensor:
+        if not self._by_head(like):
+            return value.reshape(like.shape)
+        return value.view(1, like.shape[2], like.shape[1], like.shape[3]).transpose(1, 2)
+
+    def _by_head(self, value: Tensor) -> bool:
+        """Whether heads come before tokens, as where a norm acts on a query's heads; tokens have the larger stride."""
+        return value.ndim == 4 and value.shape[2] == self.portions.total and value.stride(1) < value.stride(2)
+
+    # ---- the call's arguments
+
+    def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The stack's arguments for the stream with virtual tokens in place."""
+        ids = given.get("input_ids")
+        tokens = int(self._real.sum())
+        if ids is None or ids.shape != (1, tokens):
+            raise UsageError(f"the stream's segments hold {tokens} tokens", "Give input_ids of shape (1, tokens).")
+        device = ids.device
+        self._real = self._real.to(device)
+        self.home = self.home.to(device)
+        for block in self._blocks:
+            block.index, block.real = block.index.to(device), block.real.to(device)
+        if not self._filled:
+            wide = torch.full((1, len(self._real)), self.stack.filler, dtype=ids.dtype, device=device)
+            ids = wide.masked_scatter(self._real[None], ids)
+        # A mask of ones keeps the base from looking for segments of its own.
+        given = {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        if self.stack.takes_positions:
+            shifts = self.prefixes.lengths
+            spans = [torch.arange(n) + shift for n, shift in zip(self.lengths, shifts, strict=True)]
+            given["position_ids"] = (torch.cat(spans) + self.stack.first).to(device)[None]
+        return given
+
+    def embed(self, embedded: Tensor) -> Tensor | None:
+        """Put virtual tokens into the embeddings of the widened stream, once a call."""
+        if self._filled:
+            return None
+        self._filled = True
+        given = [self._values(blend) for blend in self.blends]
+        values = torch.cat([value for value in given if value is not None])
+        at = (~self._real).nonzero()[:, 0]
+        return embedded.index_copy(1, at, values[None].to(embedded.dtype))
+
+    def narrow(self, states: Tensor) -> Tensor:
+        """(1, T', ...) states without the virtual tokens."""
+        return states if not any(self.virtual) else states[:, self._real.nonzero()[:, 0]]
+
+    # ---- attention
+
+    def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
+        return _StreamMask(call["mask_function"])
+
+    def attend(
+        self, plain: Callable[..., Any], module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Any, **rest: Any
+    ) -> tuple[Tensor, Any]:
+        if not isinstance(mask, _StreamMask) or rest.get("position_bias") is not None:
+            raise NotImplementedError("this base makes its masks or biases in a way that a packed stream cannot follow")
+        tokens = [x.transpose(1, 2)[0] for x in qkv]
+        pieces = []
+        for number, block in enumerate(self._blocks):
+            flat = block.index.reshape(-1)
+            home = None if len(self._blocks) > 1 else self.home
+            q, k, v = (self._taken(x, block, flat, home).transpose(1, 2) for x in tokens)
+            found = self.prefixes.stacked(module, block.units, k, v) if self.prefixes.longest else None
+            if found is not None:
+                k, v = torch.cat([found[0], k], 2), torch.cat([found[1], v], 2)
+            bias = self._bias(mask, number, block, k.shape[2], q.dtype)
+            pieces.append(_attended(plain, module, q, k, v, bias, rest).flatten(0, 1))
+        joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        index = torch.cat([block.index.reshape(-1) for block in self._blocks])
+        padding = (~torch.cat([block.real.reshape(-1) for block in self._blocks])).nonzero()[:, 0]
+        return _Put.apply(joined, index, self.home, padding)[None], None  # pyright: ignore
+
+    def _taken(self, x: Tensor, block: _Block, flat: Tensor, home: Tensor | None) -> Tensor:
+        """(b, n, heads, dim) of x (T, heads, dim)."""
+        if home is not None:
+            taken = _Take.apply(x, flat, home)
+        else:  # several blocks share x, so each has a gradient for its own tokens alone
+            taken = _Own.apply(x, flat, block.real.reshape(-1).nonzero()[:, 0])
+        return taken.unflatten(0, block.index.shape)  # pyright: ignore
+
+    def _bias(self, mask: _StreamMask, number: int, block: _Block, keys: int, dtype: torch.dtype) -> Tensor:
+        """(b, 1, n, P + n) additive mask of a block, made once for all layers that share the rule and the width."""
+        spot = (number * 1_000_003 + keys, dtype)
+        if spot not in mask.held:
+            size, device = block.index.shape[1], block.index.device
+            width = keys - size
+            q = torch.arange(size, device=device).view(1, 1, size, 1)
+            k = torch.arange(-width, size, device=device).view(1, 1, 1, keys)
+            zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+            lengths = torch.tensor([self.prefixes.lengths[u] for u in block.units], device=device)
+            front = torch.arange(-width, 0, device=device)[None] >= -lengths[:, None]
+            there = torch.cat([front, block.real], 1)[:, None, None]
+            seen = torch.broadcast_to(mask.function(zero, zero, q, k), (1, 1, size, keys)) & there
+            # A padded query keeps a key of its own, so that no row of the softmax is empty.
+            mask.held[spot] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        return mask.held[spot]
+
+    def _block(self, units: list[int]) -> _Block:
+        longest = max(self.lengths[u] for u in units)
+        step = torch.arange(longest)
+        lengths = torch.tensor([self.lengths[u] for u in units])[:, None]
+        starts = torch.tensor([self.starts[u] for u in units])[:, None]
+        real = step[None] < lengths
+        return _Block(units, torch.where(real, starts + step, starts), real)
+
+    def _homes(self) -> Tensor:
+        """(T,) the place of each token in the blocks laid end to end."""
+        flat = torch.cat([block.index.reshape(-1) for block in self._blocks])
+        real = torch.cat([block.real.reshape(-1) for block in self._blocks]).nonzero()[:, 0]
+        return torch.empty(len(real), dtype=torch.long).scatter_(0, flat[real], real)
+
+
+class _Own(torch.autograd.Function):
+    """Rows of x by `index`, where only the places `real` of the result send a gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(index, real)
+        ctx.size = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        index, real = ctx.saved_tensors
+        back = grads[0].new_zeros(ctx.size, *grads[0].shape[1:])
+        return back.index_copy_(0, index[real], grads[0].index_select(0, real)), None, None
+
+
+def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Segments in groups whose padding to the longest stays small."""
+    order = sorted(range(len(lengths)), key=lambda u: -lengths[u])
+    groups: list[list[int]] = []
+    for unit in order:
+        if groups and lengths[unit] * 1.5 + 16 >= lengths[groups[-1][0]]:
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+    return [sorted(group) for group in groups]
+
+
+def _attended(
+    plain: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, rest: dict[str, Any]
+) -> Tensor:
+    """(b, n, heads, dim) attention of one block with an additive mask."""
+    if plain.__name__ == "eager_attention_forward":  # the model's own: soft caps, sinks and whatever else it does
+        return plain(module, q, k, v, bias, **rest)[0]
+    rows, heads, size, dim = q.shape
+    shared, keys = k.shape[1], k.shape[2]
+    scaling = rest.get("scaling")
+    q = q * (dim**-0.5 if scaling is None else scaling)
+    # Query heads that share keys are more queries of one product: keys are not repeated.
+    scores = q.reshape(rows, shared, -1, dim) @ k.transpose(2, 3)
+    scores = scores.view(rows, shared, heads // shared, size, keys) + bias[:, :, None]
+    weights = scores.softmax(-1).view(rows, shared, -1, keys)
+    return (weights @ v).view(rows, heads, size, v.shape[3]).transpose(1, 2)

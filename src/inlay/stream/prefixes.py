@@ -1,0 +1,88 @@
+"""Prefix keys and values of the rows or segments of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .route import Blend
+
+__all__ = ["Prefixes"]
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys (heads, n, head_dim) and values (heads, n, value_dim)."""
+
+
+class Prefixes:
+    """Looks up what each unit's adapters put before its keys; `find(blend, module)` computes it for one blend.
+
+    `lengths` holds the number of prefix keys of each unit.
+    """
+
+    def __init__(
+        self,
+        blends: Sequence[Blend],
+        lengths: Sequence[int],
+        find: Callable[[Blend, nn.Module], KeysValues | None],
+        modules: Sequence[nn.Module] = (),
+    ) -> None:
+        self.blends, self.lengths, self._find, self._modules = list(blends), list(lengths), find, modules
+        self._held: dict[tuple[nn.Module, tuple[int, ...]], KeysValues | None] = {}
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    def all_layers(self, units: int) -> list[KeysValues]:
+        """(units, heads, P, dim) keys and values of every attention module in turn."""
+        layers = []
+        for module in self._modules:
+            like = next(kv for blend in self.blends if blend and (kv := self._find(blend, module)) is not None)
+            stacked = self._stack(module, range(units), like[0][None], like[1][None])
+            assert stacked is not None
+            layers.append(stacked)
+        return layers
+
+    def stacked(self, module: nn.Module, units: Sequence[int], k: Tensor, v: Tensor) -> KeysValues | None:
+        """(units, heads, P, dim) keys and values, right-aligned, P the longest of `units`; None where none acts here.
+
+        Without gradients the result is held, so that a decoding loop stacks once for each layer.
+        """
+        spot = (module, tuple(units))
+        if torch.is_grad_enabled() or spot not in self._held:
+            stacked = self._stack(module, units, k, v)
+            if torch.is_grad_enabled():
+                return stacked
+            self._held[spot] = stacked
+        return self._held[spot]
+
+    def _stack(self, module: nn.Module, units: Sequence[int], k: Tensor, v: Tensor) -> KeysValues | None:
+        longest = max(self.lengths[u] for u in units)
+        kinds: dict[Blend, int] = {}
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for unit in units:
+            blend = self.blends[unit]
+            if blend in kinds:
+                continue
+            kinds[blend] = len(keys)
+            found = self._find(blend, module) if self.lengths[unit] else None
+            keys.append(_padded(None if found is None else found[0], longest, k))
+            values.append(_padded(None if found is None else found[1], longest, v))
+        if not longest or not any(self._acts(module, blend) for blend in kinds):
+            return None
+        rows = torch.tensor([kinds[self.blends[u]] for u in units], device=k.device)
+        return torch.stack(keys).index_select(0, rows), torch.stack(values).index_select(0, rows)
+
+    def _acts(self, module: nn.Module, blend: Blend) -> bool:
+        return bool(blend) and self._find(blend, module) is not None
+
+
+def _padded(values: Tensor | None, width: int, like: Tensor) -> Tensor:
+    """(heads, n, dim) padded on the left with zeros to `width`; zeros alone where there is nothing."""
+    if values is None:
+        return like.new_zeros(like.shape[1], width, like.shape[3])
+    return F.pad(values.to(like.dtype), (0, 0, width - values.shape[1], 0))
