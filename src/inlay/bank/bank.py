@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import UsageError
+from inlay.bases.fingerprint import fingerprint
+from inlay.errors import FormatError, UsageError
+from inlay.files import write_json
+from inlay.formats.notes import NOTES, read_notes
 from inlay.formats.peft import read_peft, write_peft
 from inlay.methods.contract import Method, Params
 from inlay.sites.find import find
@@ -22,6 +26,7 @@ from .adapter import Adapter
 from .applying import SiteHooks
 from .calls import CallHooks, Route
 from .packing import keeps_apart
+from .tying import untie
 
 __all__ = ["Bank", "attach"]
 
@@ -65,6 +70,12 @@ class Bank:
         if name in self.adapters:
             raise UsageError(f"an adapter called {name!r} is here already", "Choose another name or remove it first.")
         method, tensors = read_peft(Path(path), self.base)
+        trained_on = read_notes(path).get("fingerprint")
+        if trained_on not in (None, self.fingerprint):
+            raise FormatError(
+                f"{path} was trained on another base (fingerprint {trained_on}, here {self.fingerprint})",
+                "Name the base it was trained on.",
+            )
         adapter = Adapter(name, method, self.base, seed=0)
         with torch.no_grad():
             for site, values in tensors.items():
@@ -73,8 +84,10 @@ class Bank:
                     own.copy_(value.reshape(own.shape))
         return self._keep(adapter)
 
-    def save(self, name: str, path: str | Path, format: str = "peft") -> None:
-        """Write an adapter to a folder: adapter_config.json and adapter_model.safetensors in HF PEFT's layout."""
+    def save(self, name: str, path: str | Path, format: str = "peft", notes: Mapping[str, Any] | None = None) -> None:
+        """Write an adapter to a folder: adapter_config.json and adapter_model.safetensors in HF PEFT's layout, and
+        inlay.json, which names the base by its fingerprint and holds `notes` (the template, for one).
+        """
         normalise(name, self.adapters)
         if format != "peft":
             raise UsageError(f"adapters cannot be saved as {format!r}", 'Formats: "peft".')
@@ -82,6 +95,7 @@ class Bank:
         base_name = str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
         sites = list(adapter.sites.values())
         write_peft(Path(path), adapter.method, sites, adapter.params, base_name, _task(self.model))
+        write_json(Path(path) / NOTES, {"base": base_name, "fingerprint": self.fingerprint, **(notes or {})})
 
     def _keep(self, adapter: Adapter) -> Adapter:
         self.adapters[adapter.name] = adapter
@@ -132,6 +146,11 @@ class Bank:
             yield
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Names the base by its weights."""
+        return fingerprint(self.model)
+
+    @cached_property
     def packs(self) -> bool:
         """Whether segments of a packed row stay apart in this base: found out by comparing two tiny ones."""
         return keeps_apart(self)
@@ -171,15 +190,16 @@ class Bank:
         """
         normalise(name, self.adapters)
         adapter = self.adapters[name]
-        merged: list[tuple[nn.Parameter, Tensor]] = []
+        merged: list[tuple[nn.Module, str, Tensor]] = []
         for path, site in adapter.sites.items():
-            params = Params({key: value.detach() for key, value in adapter.params[path].items()})
+            params = Params({key: value.detach() for key, value in adapter.params.get(path, {}).items()})
             for key, value in adapter.method.merge(params, site).items():
-                merged.append((getattr(site.module, key), value))
+                merged.append((site.module, key, value))
         self.remove(name)
         with torch.no_grad():
-            for parameter, value in merged:
-                parameter.copy_(value)
+            for module, key, value in merged:
+                untie(self.model, module, key)
+                getattr(module, key).copy_(value)
 
     def detach(self) -> None:
         """Take every hook off and give the base back as it was."""

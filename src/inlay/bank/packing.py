@@ -21,14 +21,15 @@ def keeps_apart(bank: Bank) -> bool:
     model: Any = bank.model
     if len(bank.base.stacks) > 1 or not uses_interface(bank.base) or model.main_input_name != "input_ids":
         return False
+    alone: list[torch.Tensor]
     first = torch.tensor([[3, 4, 5, 6, 7]], device=model.device) % model.get_input_embeddings().num_embeddings
     both = torch.cat([first, first.flip(1)], 1)
-    stack: Any = bank.base.stacks[0]
+    stack: Any = next(iter(bank.base.stacks))
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            alone: list[torch.Tensor] = [_states(stack(input_ids=ids)) for ids in (first, first.flip(1))]
+            alone = [_states(stack(input_ids=ids)) for ids in (first, first.flip(1))]
             with bank._in_force(Route([(), ()], [5, 5])):
                 packed = _states(stack(input_ids=both))
     except Exception:  # whatever a base cannot do with a packed row, padded rows will do

@@ -1,0 +1,1 @@
+"""Adapters and the plain base on the same rows, in the same pass."""

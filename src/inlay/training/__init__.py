@@ -1,0 +1,1 @@
+"""The one training loop, for one adapter or several."""

@@ -1,0 +1,128 @@
+"""One forward over segments of many adapters: the loss of each on its own learned tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inlay.bank.bank import Bank
+from inlay.data.encode import Example
+from inlay.errors import UsageError
+from inlay.stream.noise import Noise
+from inlay.stream.route import RowSpec
+
+__all__ = ["Segment", "batches", "check_trainable", "token_losses"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """An example, and the adapters it goes through."""
+
+    route: RowSpec
+    example: Example
+
+
+def check_trainable(bank: Bank) -> None:
+    """Raises: UsageError where the base does not write text."""
+    if not getattr(bank.model, "can_generate", bool)():
+        raise UsageError(f"{type(bank.model).__name__} does not write text", "Choose a causal or encoder-decoder base.")
+
+
+def batches(segments: Sequence[Segment], budget: int) -> list[list[Segment]]:
+    """Segments in groups of at most `budget` tokens (one at least), in their order."""
+    groups: list[list[Segment]] = []
+    room = 0
+    for segment in segments:
+        size = len(segment.example.ids)
+        if not groups or size > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(segment)
+        room -= size
+    return groups
+
+
+def token_losses(bank: Bank, segments: Sequence[Segment], step: int | None = None) -> list[Tensor]:
+    """For each segment, the negative log-likelihood (nats) of each of its learned tokens but a first one.
+
+    `step` switches dropout on and names its masks. The base runs packed where it keeps segments apart, padded else.
+    """
+    noise = None if step is None else Noise(step, [segment.example.sample for segment in segments])
+    if bank.packs:
+        logits, labels, counts = _packed(bank, segments, noise)
+    elif len(bank.base.stacks) == 2:
+        logits, labels, counts = _encoded(bank, segments, noise)
+    else:
+        logits, labels, counts = _padded(bank, segments, noise)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return list(F.cross_entropy(wide, labels, reduction="none").split(counts))
+
+
+Scored = tuple[Tensor, Tensor, list[int]]
+"""Logits (n, vocabulary) that predict learned tokens, those tokens (n,), and how many belong to each segment."""
+
+
+def _packed(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Scored:
+    model: Any = bank.model
+    ids = [token for segment in segments for token in segment.example.ids]
+    places, labels, counts, start = [], [], [], 0
+    for segment in segments:
+        own = [n for n, learned in enumerate(segment.example.learned) if learned and n]
+        places += [start + n - 1 for n in own]
+        labels += [segment.example.ids[n] for n in own]
+        counts.append(len(own))
+        start += len(segment.example.ids)
+    device = model.device
+    index = torch.tensor(places, device=device)
+    lengths = [(segment.route, len(segment.example.ids)) for segment in segments]
+    with bank.stream(lengths, kept=counts, noise=noise):
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            logits = model(input_ids=torch.tensor([ids], device=device), logits_to_keep=index).logits[0]
+        else:
+            logits = model(input_ids=torch.tensor([ids], device=device)).logits[0].index_select(0, index)
+    return logits, torch.tensor(labels, device=device), counts
+
+
+def _padded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Scored:
+    model: Any = bank.model
+    ids, mask = _rows([segment.example.ids for segment in segments], model.device)
+    rows, places, labels, counts = [], [], [], []
+    for row, segment in enumerate(segments):
+        own = [n for n, learned in enumerate(segment.example.learned) if learned and n]
+        rows += [row] * len(own)
+        places += [n - 1 for n in own]
+        labels += [segment.example.ids[n] for n in own]
+        counts.append(len(own))
+    with bank.route([segment.route for segment in segments], noise=noise):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    return logits[rows, places], torch.tensor(labels, device=model.device), counts
+
+
+def _encoded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Scored:
+    """The encoder reads what stands before the first learned token, the decoder writes the rest."""
+    model: Any = bank.model
+    heads = [segment.example.learned.index(True) for segment in segments]
+    asked = [segment.example.ids[:head] for segment, head in zip(segments, heads, strict=True)]
+    answers = [segment.example.ids[head:] for segment, head in zip(segments, heads, strict=True)]
+    ids, mask = _rows(asked, model.device)
+    start = model.config.decoder_start_token_id
+    decoder, _ = _rows([(start, *answer[:-1]) for answer in answers], model.device)
+    with bank.route([segment.route for segment in segments], noise=noise):
+        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder).logits
+    pieces = [row[: len(answer)] for row, answer in zip(logits, answers, strict=True)]
+    labels = torch.tensor([token for answer in answers for token in answer], device=model.device)
+    return torch.cat(pieces), labels, [len(answer) for answer in answers]
+
+
+def _rows(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, L) ids padded on the right with 0, and their mask."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences], device=device)
+    lengths = torch.tensor([len(s) for s in sequences], device=device)[:, None]
+    return ids, (torch.arange(longest, device=device)[None] < lengths).long()
