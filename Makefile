@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A machine without an NVIDIA GPU takes the CPU build, which pip finds where its index or find-links offers one.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
-.PHONY: test lint types check format clean
+.PHONY: demo test lint types check format clean
 
 .venv/.base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,6 +15,9 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 .venv/.dev: .venv/.base
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+demo: .venv/.base
+	$(BIN)/python demo/run.py
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

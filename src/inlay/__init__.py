@@ -7,19 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inlay.bank.bank import Bank, attach
+    from inlay.methods.bottleneck import Houlsby, Pfeiffer
     from inlay.methods.ia3 import IA3
     from inlay.methods.lora import LoRA
     from inlay.methods.norm import NormTuning
     from inlay.methods.prefix import PrefixTuning
     from inlay.methods.prompt import PromptTuning
 
-__all__ = ["IA3", "Bank", "LoRA", "NormTuning", "PrefixTuning", "PromptTuning", "__version__", "attach"]
+__all__ = [
+    "IA3",
+    "Bank",
+    "Houlsby",
+    "LoRA",
+    "NormTuning",
+    "Pfeiffer",
+    "PrefixTuning",
+    "PromptTuning",
+    "__version__",
+    "attach",
+]
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Bank": "inlay.bank.bank",
     "attach": "inlay.bank.bank",
+    "Houlsby": "inlay.methods.bottleneck",
+    "Pfeiffer": "inlay.methods.bottleneck",
     "IA3": "inlay.methods.ia3",
     "LoRA": "inlay.methods.lora",
     "NormTuning": "inlay.methods.norm",

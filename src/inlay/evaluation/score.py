@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from inlay.bank.bank import Bank
 from inlay.data.encode import Choices, Encoder, Example
 from inlay.data.table import Row
 from inlay.stream.route import RowSpec
-from inlay.training.forward import Segment, batches, token_losses
+from inlay.training.forward import Segment, batches, scored, token_losses
 
 __all__ = ["evaluate"]
 
@@ -60,18 +61,35 @@ def _accuracies(
         segments = [
             Segment(adapter, example) for adapter in adapters for choice in group for example in _candidates(choice)
         ]
-        scores = iter([-float(losses.sum()) for losses in token_losses(bank, segments)])
+        logits, labels, counts = scored(bank, segments)
+        logs = iter(zip(logits.float().log_softmax(-1).split(counts), labels.split(counts), strict=True))
         for adapter in adapters:
             for choice in group:
-                right[adapter] += _best(choice, [next(scores) for _ in choice.words]) == choice.label
+                right[adapter] += _best(choice, _likelihoods(choice, logs)) == choice.label
         if on_rows is not None:
             on_rows(len(group))
     return {adapter: {"accuracy": count / len(choices)} for adapter, count in right.items()}
 
 
+def _likelihoods(choice: Choices, logs: Iterator[tuple[Tensor, Tensor]]) -> list[float]:
+    """The log-probability of each word; `logs` yields those of all tokens, and the tokens, segment by segment."""
+    if _single(choice):
+        row = next(logs)[0][0]
+        return [float(row[ids[0]]) for _, ids in choice.words]
+    pieces = [next(logs) for _ in choice.words]
+    return [float(rows.gather(1, ids[:, None]).sum()) for rows, ids in pieces]
+
+
+def _single(choice: Choices) -> bool:
+    """Whether every word is one token, so that one run of the prompt scores them all."""
+    return all(len(ids) == 1 for _, ids in choice.words)
+
+
 def _candidates(choice: Choices) -> list[Example]:
     """The prompt with each word, of which only the word is scored."""
     head = len(choice.prompt)
+    if _single(choice):
+        return [Example((*choice.prompt, *choice.words[0][1]), (False,) * head + (True,), choice.sample)]
     return [
         Example((*choice.prompt, *ids), (False,) * head + (True,) * len(ids), choice.sample)
         for _, ids in choice.words
@@ -82,7 +100,7 @@ def _grouped(choices: list[Choices], budget: int) -> list[list[Choices]]:
     groups: list[list[Choices]] = []
     room = 0
     for choice in choices:
-        size = sum(len(choice.prompt) + len(ids) for _, ids in choice.words)
+        size = sum(len(example.ids) for example in _candidates(choice))
         if not groups or size > room:
             groups.append([])
             room = budget

@@ -90,7 +90,7 @@ def _placed(
     file: str,
 ) -> tuple[Method, list[Site]]:
     """The method and its sites, from the modules that the stored keys name."""
-    sites = {s.path: s for s in [*base.embeddings, *base.projections, *base.norms]}
+    sites = {s.path: s for s in [*base.sublayers, *base.embeddings, *base.projections, *base.norms]}
     owners = {key: _owner(key, sites) for key in stored}
     if strangers := sorted(key for key, owner in owners.items() if owner is None):
         raise FormatError(

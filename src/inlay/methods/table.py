@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .bottleneck import Houlsby, Pfeiffer
 from .contract import Method
 from .ia3 import IA3
 from .lora import LoRA
@@ -14,6 +15,8 @@ __all__ = ["METHODS"]
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "ia3": IA3,
+    "houlsby": Houlsby,
+    "pfeiffer": Pfeiffer,
     "norm": NormTuning,
     "prefix": PrefixTuning,
     "prompt": PromptTuning,

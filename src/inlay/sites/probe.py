@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .find import Structure
 from .site import Site
 
-__all__ = ["attention_configs", "attention_sites", "uses_interface"]
+__all__ = ["attention_configs", "attention_sites", "run_tiny", "uses_interface"]
 
 PROBE = "inlay_probe"
 
@@ -85,16 +85,24 @@ def _observed(base: Structure) -> dict[nn.Module, _Seen]:
 
 def _run(model: nn.Module) -> dict[nn.Module, _Seen]:
     _SEEN.clear()
+    with _probing(model):
+        ran = run_tiny(model)
+    seen = dict(_SEEN) if ran else {}
+    _SEEN.clear()
+    return seen
+
+
+def run_tiny(model: nn.Module) -> bool:
+    """Run the smallest forward there is, for its hooks; False where the model takes inputs that are not known here."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with _probing(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
             model(**_tiny_inputs(model))
-        return dict(_SEEN)
-    except Exception:  # a model that takes other inputs; its configuration has to do
-        return {}
+        return True
+    except Exception:  # whatever the model lacks, the configuration has to do instead
+        return False
     finally:
-        _SEEN.clear()
         for module, training in modes:
             module.training = training
 

@@ -17,7 +17,7 @@ from inlay.errors import UsageError
 from inlay.stream.noise import Noise
 from inlay.stream.route import RowSpec
 
-__all__ = ["Segment", "batches", "check_trainable", "token_losses"]
+__all__ = ["Segment", "batches", "check_trainable", "scored", "token_losses"]
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,17 @@ def token_losses(bank: Bank, segments: Sequence[Segment], step: int | None = Non
 
     `step` switches dropout on and names its masks. The base runs packed where it keeps segments apart, padded else.
     """
-    noise = None if step is None else Noise(step, [segment.example.sample for segment in segments])
-    if bank.packs:
-        logits, labels, counts = _packed(bank, segments, noise)
-    elif len(bank.base.stacks) == 2:
-        logits, labels, counts = _encoded(bank, segments, noise)
-    else:
-        logits, labels, counts = _padded(bank, segments, noise)
+    logits, labels, counts = scored(bank, segments, step)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return list(F.cross_entropy(wide, labels, reduction="none").split(counts))
+
+
+def scored(bank: Bank, segments: Sequence[Segment], step: int | None = None) -> Scored:
+    """The logits that predict each segment's learned tokens; see `token_losses`."""
+    noise = None if step is None else Noise(step, [segment.example.sample for segment in segments])
+    if bank.packs:
+        return _packed(bank, segments, noise)
+    return _encoded(bank, segments, noise) if len(bank.base.stacks) == 2 else _padded(bank, segments, noise)
 
 
 Scored = tuple[Tensor, Tensor, list[int]]

@@ -1,0 +1,126 @@
+"""Bottleneck adapters: a small network behind the attention or the feed-forward part of each block.
+
+    y' = y + s U act(D z + d) + s u        z = y (Houlsby), or norm(y + x), as the block would go on (Pfeiffer)
+
+x is the residual stream that y is added to; the norm is that of a post-norm block, and absent elsewhere. Placement and
+forward are those of AdapterHub's `adapters` 1.3.0.
+
+Papers: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP" (arXiv:1902.00751); Pfeiffer et al. 2020,
+"AdapterFusion: Non-Destructive Task Composition for Transfer Learning" (arXiv:2005.00247).
+Shapes: D is (hidden / reduction_factor, hidden), d its bias; U is (hidden, hidden / reduction_factor), u its bias.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inlay.errors import UsageError
+from inlay.sites.site import plain_call
+
+from .contract import Method, Params, Site, Structure, parse_layers
+
+__all__ = ["Bottleneck", "Houlsby", "Pfeiffer"]
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh}
+
+
+@dataclass(frozen=True)
+class Bottleneck(Method):
+    """Settings, by AdapterHub's names: `mh_adapter` puts an adapter behind attention, `output_adapter` behind the
+    feed-forward part, `cross_adapter` behind cross-attention; `reduction_factor` is hidden size by bottleneck size;
+    `original_ln_before` lets the adapter read the stream after the block's addition and norm; `scaling` multiplies what
+    it adds; `dropout` is the share of that which training drops; `layers` keeps some blocks.
+    """
+
+    reduction_factor: float = 16
+    non_linearity: str = "relu"
+    mh_adapter: bool = True
+    output_adapter: bool = True
+    cross_adapter: bool = False
+    original_ln_before: bool = False
+    scaling: float = 1.0
+    dropout: float = 0.0
+    layers: str | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.non_linearity not in ACTIVATIONS:
+            raise UsageError(f"non_linearity {self.non_linearity!r} is not known", f"Choose {', '.join(ACTIVATIONS)}.")
+        if self.reduction_factor <= 0:
+            raise UsageError(f"reduction_factor is {self.reduction_factor}", "Choose more than 0; 16 is usual.")
+
+    def sites(self, base: Structure) -> list[Site]:
+        parts = {"attention": self.mh_adapter, "mlp": self.output_adapter, "cross-attention": self.cross_adapter}
+        sites = [site for site in base.sublayers if parts[site.part]]
+        if self.layers is not None:
+            kept = parse_layers(self.layers, 1 + max(base.blocks.values(), default=-1))
+            sites = [site for site in sites if site.layer in kept]
+        if not sites:
+            raise UsageError(f"{self.title} finds no attention or feed-forward output to stand behind", "Choose LoRA.")
+        return sites
+
+    def size(self, site: Site) -> int:
+        return max(1, int(site.out_features // self.reduction_factor))
+
+    def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        wide, small = site.out_features, self.size(site)
+        return {
+            "down": torch.randn(small, wide, generator=generator) * 0.02,
+            "down_bias": torch.zeros(small),
+            "up": torch.randn(wide, small, generator=generator) * 0.02,
+            "up_bias": torch.zeros(wide),
+        }
+
+    def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        z = y
+        if self.original_ln_before:
+            z = x + y
+            if site.norm is not None:
+                z = plain_call(site.norm, {}, z)
+        inner = ACTIVATIONS[self.non_linearity](F.linear(z, params["down"], params["down_bias"]))
+        return y + params.drop(F.linear(inner, params["up"], params["up_bias"]) * self.scaling, self.dropout)
+
+    def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
+        wide, small = site.out_features, self.size(site)
+        return {
+            "down": ("adapter_down.weight", (small, wide)),
+            "down_bias": ("adapter_down.bias", (small,)),
+            "up": ("adapter_up.weight", (wide, small)),
+            "up_bias": ("adapter_up.bias", (wide,)),
+        }
+
+    def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"target_modules": [site.path for site in sites]}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> Bottleneck:
+        return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class Houlsby(Bottleneck):
+    """Bottlenecks behind attention and behind the feed-forward part, each reading its sublayer's output."""
+
+    title = "Houlsby adapter"
+    paper = "arXiv:1902.00751"
+    peft_type = "HOULSBY"
+
+    non_linearity: str = "swish"
+
+
+@dataclass(frozen=True)
+class Pfeiffer(Bottleneck):
+    """One bottleneck a block, behind the feed-forward part, reading the stream as the block would go on."""
+
+    title = "Pfeiffer adapter"
+    paper = "arXiv:2005.00247"
+    peft_type = "PFEIFFER"
+
+    mh_adapter: bool = False
+    original_ln_before: bool = True
