@@ -16,6 +16,7 @@ import random
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--method", default="lora")
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--initial", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -74,7 +76,7 @@ def ours(a: argparse.Namespace) -> None:
     examples = encoder.examples(table).examples
     bank = inlay.attach(base.model)
     losses: list[float] = []
-    method = METHODS[a.method]()
+    method = started_from(a.initial) if a.initial and a.method == "lora" else METHODS[a.method]()
     plan = Plan("a", method, lr=a.lr, batch_size=a.batch)
     contender = train(bank, [plan], examples, on_step=lambda cs: losses.append(cs[0].loss))[0]
     seconds = time.perf_counter() - start
@@ -85,6 +87,21 @@ def ours(a: argparse.Namespace) -> None:
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "losses": [round(loss, 4) for loss in losses], "products": products(base.model, examples, a),
     }))  # fmt: skip
+
+
+def started_from(folder: str):
+    """LoRA that starts from the adapter in an HF PEFT folder."""
+    from safetensors.torch import load_file
+
+    import inlay
+
+    stored = load_file(Path(folder) / "adapter_model.safetensors")
+
+    class Given(inlay.LoRA):
+        def create(self, site, generator):
+            return {key: stored[f"base_model.model.{site.path}.lora_{key}.weight"].float() for key in "AB"}
+
+    return Given()
 
 
 def products(model, examples, a: argparse.Namespace) -> float:
@@ -125,10 +142,17 @@ def main() -> None:
 
     same = ["--dtype", a.dtype, "--rows", str(a.rows), "--batch", str(a.batch), "--source", a.source, "--lr", str(a.lr)]
     same += ["--max-length", str(a.max_length)]
-    commands = {"inlay": [sys.executable, __file__, "--ours", "--method", a.method, *same]}
+    commands: dict[str, list[str]] = {}
+    own = [sys.executable, __file__, "--ours", "--method", a.method, *same]
     if a.opponent:
-        theirs = [sys.executable, a.opponent, "--model", resolve("smollm2"), "--csv", str(reviews_csv()), *same]
+        initial = tempfile.mkdtemp()
+        theirs = [sys.executable, str(Path(__file__).with_name("with_initial.py")), initial, a.opponent]
+        theirs += ["--model", resolve("smollm2"), "--csv", str(reviews_csv()), *same]
         commands |= {"peft+trl": theirs, "peft+trl, tuned": [*theirs, "--tuned"]}
+        own += ["--initial", initial]
+    commands["inlay"] = own
+    for file in Path(resolve("smollm2")).iterdir():  # nobody pays for the disk
+        file.read_bytes()
     runs: dict[str, list[dict]] = {name: [] for name in commands}
     for _ in range(a.rounds):
         for name, command in commands.items():

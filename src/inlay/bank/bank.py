@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from inlay.bases.fingerprint import fingerprint
 from inlay.errors import FormatError, UsageError
 from inlay.files import write_json
+from inlay.formats.loralib import read_loralib, write_loralib
 from inlay.formats.notes import NOTES, read_notes
 from inlay.formats.peft import read_peft, write_peft
 from inlay.methods.contract import Method, Params
@@ -62,15 +63,23 @@ class Bank:
         adapter = Adapter(name, method, self.base, int(torch.randint(2**31, ())) if seed is None else seed)
         return self._keep(adapter)
 
-    def load(self, name: str, path: str | Path) -> Adapter:
-        """Read an adapter from a folder that HF PEFT or Inlay wrote.
+    def load(
+        self, name: str, path: str | Path, alpha: float | None = None, enabled: Sequence[bool] | None = None
+    ) -> Adapter:
+        """Read an adapter from a folder that HF PEFT or Inlay wrote, or from a file that holds a loralib state dict.
 
+        loralib's files do not say `alpha`, nor which parts of fused weights are `enabled`: they are said here.
         Raises: FormatError naming missing, extra, misshapen or non-finite tensors; nothing is kept then.
         """
         if name in self.adapters:
             raise UsageError(f"an adapter called {name!r} is here already", "Choose another name or remove it first.")
-        method, tensors = read_peft(Path(path), self.base)
-        trained_on = read_notes(path).get("fingerprint")
+        if Path(path).is_file():
+            method, tensors = read_loralib(Path(path), self.base, alpha, enabled)
+        elif alpha is not None or enabled is not None:
+            raise UsageError(f"{path} says its alpha itself", "Leave alpha and enabled out.")
+        else:
+            method, tensors = read_peft(Path(path), self.base)
+        trained_on = None if Path(path).is_file() else read_notes(path).get("fingerprint")
         if trained_on not in (None, self.fingerprint):
             raise FormatError(
                 f"{path} was trained on another base (fingerprint {trained_on}, here {self.fingerprint})",
@@ -84,14 +93,25 @@ class Bank:
                     own.copy_(value.reshape(own.shape))
         return self._keep(adapter)
 
-    def save(self, name: str, path: str | Path, format: str = "peft", notes: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        name: str,
+        path: str | Path,
+        format: str = "peft",
+        notes: Mapping[str, Any] | None = None,
+        enabled: Sequence[bool] | None = None,
+    ) -> None:
         """Write an adapter to a folder: adapter_config.json and adapter_model.safetensors in HF PEFT's layout, and
-        inlay.json, which names the base by its fingerprint and holds `notes` (the template, for one).
+        inlay.json, which names the base by its fingerprint and holds `notes` (the template, for one). The format
+        "loralib" writes a LoRA to one file; `enabled` says which parts of fused weights it adapts.
         """
         normalise(name, self.adapters)
-        if format != "peft":
-            raise UsageError(f"adapters cannot be saved as {format!r}", 'Formats: "peft".')
+        if format not in ("peft", "loralib"):
+            raise UsageError(f"adapters cannot be saved as {format!r}", 'Formats: "peft", "loralib".')
         adapter = self.adapters[name]
+        if format == "loralib":
+            write_loralib(Path(path), adapter.method, list(adapter.sites.values()), adapter.params, enabled)
+            return
         base_name = str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
         sites = list(adapter.sites.values())
         write_peft(Path(path), adapter.method, sites, adapter.params, base_name, _task(self.model))

@@ -1,0 +1,132 @@
+"""loralib's state dicts: LoRA factors by module. The file holds neither alpha nor the enabled parts of a fused weight.
+
+`lora.Linear` and `lora.Embedding` keep A (r, in) and B (out, r). `lora.MergedLinear` keeps, for n enabled parts of
+equal width, A (n r, in) and B (n width, r), part by part: here that is one LoRA of rank n r whose B is zero elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from inlay.errors import FormatError, UsageError
+from inlay.files import written_beside
+from inlay.methods.contract import Method, Site, Structure
+from inlay.methods.lora import LoRA
+
+from .tensors import read_tensors
+
+__all__ = ["read_loralib", "write_loralib"]
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def read_loralib(
+    file: Path, base: Structure, alpha: float | None, enabled: Sequence[bool] | None = None
+) -> tuple[LoRA, Tensors]:
+    """The LoRA in a state dict, with the `alpha` it was trained with and the `enabled` parts of fused weights.
+
+    Raises: UsageError where alpha or enabled is needed and not said; FormatError naming what does not fit.
+    """
+    if alpha is None:
+        raise UsageError(f"{file} does not say its alpha", "Give alpha=... as it was in training.")
+    stored = {key: value for key, value in read_tensors(file).items() if "lora_" in key}
+    sites = {site.path: site for site in [*base.embeddings, *base.projections]}
+    pairs = _pairs(file, stored, sites)
+    tensors: Tensors = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for path, (a, b) in pairs.items():
+        parts = a.shape[0] // max(1, b.shape[1])
+        if parts > 1 or (b.shape[0] != sites[path].out_features and enabled is not None):
+            b = _spread(file, path, b, parts, sites[path], enabled)
+        if a.shape[1] != sites[path].in_features or b.shape != (sites[path].out_features, a.shape[0]):
+            what = f"{path!r} in {file} has A {tuple(a.shape)} and B {tuple(b.shape)}"
+            raise FormatError(f"{what}, which do not fit the base", "It was trained on another base.")
+        tensors[path] = {"A": a, "B": b}
+        ranks[path], alphas[path] = a.shape[0], alpha * parts
+    ranks_by = {re.escape(path): rank for path, rank in ranks.items()}
+    alphas_by = {re.escape(path): value for path, value in alphas.items()}
+    return LoRA(alpha=alpha, targets=list(tensors), rank_pattern=ranks_by, alpha_pattern=alphas_by), tensors
+
+
+def write_loralib(
+    file: Path,
+    method: Method,
+    sites: Sequence[Site],
+    params: Mapping[str, Mapping[str, Tensor]],
+    enabled: Sequence[bool] | None = None,
+) -> float:
+    """Write a LoRA as a state dict that loralib loads with `strict=False`; `enabled` writes fused weights part by part.
+
+    Returns: the alpha to build loralib's modules with. Raises: UsageError where one alpha or the parts cannot say it.
+    """
+    if not isinstance(method, LoRA):
+        raise UsageError(f"loralib has no {method.title}", 'Save it with format="peft".')
+    tensors: dict[str, Tensor] = {}
+    alphas: set[float] = set()
+    for site in sites:
+        a, b = params[site.path]["A"].detach().cpu(), params[site.path]["B"].detach().cpu()
+        r = method.rank(site)
+        if enabled is not None and site.role == "qkv":
+            parts = sum(enabled)
+            b, r = _gathered(site, b, enabled), r // parts
+        alphas.add(round(method.scale(site) * r, 9))
+        tensors[f"{site.path}.lora_A"], tensors[f"{site.path}.lora_B"] = a.contiguous(), b.contiguous()
+    if len(alphas) > 1:
+        raise UsageError(f"the adapter's modules have the alphas {sorted(alphas)}", 'Save it with format="peft".')
+    with written_beside(file) as beside:
+        if file.suffix == ".safetensors":
+            save_file(tensors, beside)
+        else:
+            torch.save(tensors, beside)
+    return alphas.pop()
+
+
+def _pairs(file: Path, stored: Mapping[str, Tensor], sites: Mapping[str, Site]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each module. Raises: FormatError naming the key that is missing or belongs to no module."""
+    if not stored:
+        raise FormatError(f"{file} holds no lora_A and lora_B", "Save it with loralib.lora_state_dict.")
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for key in stored:
+        path, _, end = key.rpartition(".")
+        if path not in sites or end not in ("lora_A", "lora_B"):
+            raise FormatError(f"{file} holds {key!r}, which belongs to no module of the base", "Check the base.")
+        for other in (f"{path}.lora_A", f"{path}.lora_B"):
+            if other not in stored:
+                raise FormatError(f"{file} lacks {other!r}", "The checkpoint is not whole.")
+        found[path] = (stored[f"{path}.lora_A"], stored[f"{path}.lora_B"])
+    return {path: found[path] for path in sites if path in found}
+
+
+def _spread(file: Path, path: str, b: Tensor, parts: int, site: Site, enabled: Sequence[bool] | None) -> Tensor:
+    """B (n width, r) as (out, n r): each enabled part's rows at its place, in columns of its own."""
+    if enabled is None or sum(enabled) != parts or site.out_features % len(enabled):
+        said = "nothing was said" if enabled is None else f"enabled={list(enabled)}"
+        raise UsageError(f"{path!r} in {file} holds {parts} parts of a fused weight, {said}", "Give enabled=[...].")
+    width, r = site.out_features // len(enabled), b.shape[1]
+    if b.shape[0] != parts * width:
+        raise FormatError(f"{path!r} in {file} has B {tuple(b.shape)}", f"The base needs {(parts * width, r)}.")
+    wide = b.new_zeros(site.out_features, parts * r)
+    for n, place in enumerate(i for i, on in enumerate(enabled) if on):
+        wide[place * width : (place + 1) * width, n * r : (n + 1) * r] = b[n * width : (n + 1) * width]
+    return wide
+
+
+def _gathered(site: Site, b: Tensor, enabled: Sequence[bool]) -> Tensor:
+    """The inverse of `_spread`. Raises: UsageError where B has values outside its parts."""
+    parts = sum(enabled)
+    width, r = site.out_features // len(enabled), b.shape[1] // max(1, parts)
+    left, pieces = b.clone(), []
+    for n, place in enumerate(i for i, on in enumerate(enabled) if on):
+        rows, columns = slice(place * width, (place + 1) * width), slice(n * r, (n + 1) * r)
+        pieces.append(b[rows, columns])
+        left[rows, columns] = 0
+    if b.shape[1] % max(1, parts) or bool(left.any()):
+        raise UsageError(f"{site.path!r} is no LoRA of {parts} separate parts", "Save it without `enabled`.")
+    return torch.cat(pieces)
