@@ -118,11 +118,14 @@ def products(model, examples, a: argparse.Namespace) -> float:
             tokens = sum(len(e.ids) for e in examples[start : start + a.batch])
             inputs = {w.shape[1]: torch.randn(tokens, w.shape[1], dtype=w.dtype) for w in weights}
             grads = {w.shape[0]: torch.randn(tokens, w.shape[0], dtype=w.dtype) for w in weights}
-            begun = time.perf_counter()
-            for weight in weights:
-                F.linear(inputs[weight.shape[1]], weight)
-                grads[weight.shape[0]] @ weight
-            total += time.perf_counter() - begun
+            tries = []
+            for _ in range(3):  # the fastest: what the machine does when nothing else wants it
+                begun = time.perf_counter()
+                for weight in weights:
+                    F.linear(inputs[weight.shape[1]], weight)
+                    grads[weight.shape[0]] @ weight
+                tries.append(time.perf_counter() - begun)
+            total += min(tries)
     return round(total, 2)
 
 

@@ -26,7 +26,7 @@ from inlay.stream.route import Blend, RowSpec, normalise
 from .adapter import Adapter
 from .applying import SiteHooks
 from .calls import CallHooks, Route
-from .packing import keeps_apart
+from .packing import ignores_padding, keeps_apart
 from .tying import untie
 
 __all__ = ["Bank", "attach"]
@@ -243,6 +243,7 @@ class _Lookup:
 
     def __init__(self, bank: Bank) -> None:
         self._bank = bank
+        self._padding: dict[bool, bool] = {}
 
     @property
     def owner(self) -> object:
@@ -250,6 +251,11 @@ class _Lookup:
 
     def route_in_force(self) -> Route | None:
         return self._bank._route_in_force()
+
+    def takes_padding(self, behind_prefix: bool) -> bool:
+        if behind_prefix not in self._padding:
+            self._padding[behind_prefix] = ignores_padding(self._bank, behind_prefix)
+        return self._padding[behind_prefix]
 
     def virtual_length(self, blend: Blend) -> int:
         return sum(self._bank.adapters[name].method.virtual_length for name, _ in blend)

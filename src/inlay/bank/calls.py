@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from inlay.errors import UsageError
@@ -52,6 +51,7 @@ class Lookup(Protocol):
     def prefix_of(self, blend: Blend, module: nn.Module) -> KeysValues | None: ...
     def version(self) -> int: ...
     def route_in_force(self) -> Route | None: ...
+    def takes_padding(self, behind_prefix: bool) -> bool: ...
 
 
 class CallHooks:
@@ -113,10 +113,19 @@ class CallHooks:
         blends = [blend for blend in route.blends for _ in range(rows // len(route.blends))]
         virtual = [0 if stack.part == "decoder" else self.bank.virtual_length(b) for b in blends]
         prefixes = self._prefixes(stack, route, blends)
-        by_cache = prefixes.longest > 0 and not uses_interface(self.base)
+        cache = given.get("past_key_values") or given.get("cache_params")
+        continued = cache is not None and cache in self._caches
+        own_attention = not uses_interface(self.base) if any(virtual) or prefixes.longest else False
+        by_cache = prefixes.longest > 0 and own_attention
+        if len(set(virtual)) > 1 and own_attention and not self.bank.takes_padding(prefixes.longest > 0):
+            raise UsageError(
+                "this base does not ignore padding: rows with different numbers of virtual tokens cannot share a batch",
+                "Run them in batches of their own.",
+            )
         if by_cache and stack.module.training and any(m.gradient_checkpointing for m in self._checkpointed):
             raise UsageError("this base drops prefixes under gradient checkpointing", "Switch checkpointing off.")
-        return PaddedCall(self.bank.owner, blends, stack, virtual, prefixes, self.bank.virtual_of, by_cache)
+        values = self.bank.virtual_of
+        return PaddedCall(self.bank.owner, blends, stack, virtual, prefixes, values, by_cache, continued)
 
     def _packed(self, stack: Stack, route: Route) -> PackedCall:
         assert route.lengths is not None
@@ -162,7 +171,7 @@ class CallHooks:
             return None
         if not isinstance(call, (PaddedCall, PackedCall)) or out is None:
             return None
-        self._tag_cache(getattr(out, "past_key_values", None), call.blends)
+        self._tag_cache(getattr(out, "past_key_values", None) or getattr(out, "cache_params", None), call.blends)
         return None if stack.part == "encoder" else _narrowed(out, call)
 
     # ---- encoder and decoder, caches, checkpointing
@@ -183,11 +192,11 @@ class CallHooks:
         virtual = torch.tensor(
             [self.bank.virtual_length(b) for b in route.blends for _ in range(each)], device=mask.device
         )
-        wide, column = F.pad(mask, (widest, 0)), torch.arange(columns, device=mask.device)[None]
-        end = (mask.long().argmax(1) + widest)[:, None]
-        # Left padding moves to the front of the virtual tokens, as in the encoder's own call.
-        moved = torch.where(column < end, 0, wide)
-        given["encoder_attention_mask"] = torch.where((column >= end - virtual[:, None]) & (column < end), 1, moved)
+        first, length = mask.long().argmax(1)[:, None], mask.shape[1]
+        column, virtual = torch.arange(columns, device=mask.device)[None], virtual[:, None]
+        source = torch.where(column < first, column, column - virtual).clamp(0, length - 1)
+        wide = torch.where((column >= first) & (column < first + virtual), 1, mask.gather(1, source))
+        given["encoder_attention_mask"] = torch.where(column >= length + virtual, 0, wide)
 
     def _check_cache(self, cache: Any, blends: list[Blend]) -> None:
         if cache is None or not cache.get_seq_length():
@@ -197,7 +206,7 @@ class CallHooks:
             raise UsageError("past_key_values were filled under another route", "Use a new cache for a new route.")
 
     def _tag_cache(self, cache: Any, blends: list[Blend]) -> None:
-        if cache is not None and hasattr(cache, "get_seq_length"):
+        if cache is not None and not isinstance(cache, (tuple, list, Tensor)):
             self._caches[cache] = list(blends)
 
     def _bind_checkpoints(self, route: Route, call: PaddedCall | PackedCall) -> None:

@@ -89,10 +89,10 @@ class Residuals:
 
         def entering(found: _Seen) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                if args:
-                    found.candidates = [(module, args[0])]
+                if args and found.output is None:
                     if args[0].data_ptr() in normed:
-                        found.candidates.insert(0, normed[args[0].data_ptr()][:2])
+                        found.candidates.append(normed[args[0].data_ptr()][:2])
+                    found.candidates.append((module, args[0]))
 
             return hook
 
@@ -105,7 +105,8 @@ class Residuals:
         handles = [norm.module.register_forward_hook(after_norm) for norm in self.base.norms]
         handles += [self.base.model.get_submodule(b).register_forward_hook(after_block) for b in self.base.blocks]
         for site in self.base.sublayers:
-            handles.append(self._entry(site).module.register_forward_pre_hook(entering(seen[site.path])))
+            for module in self._entries(site):
+                handles.append(module.register_forward_pre_hook(entering(seen[site.path])))
             handles.append(site.module.register_forward_hook(leaving(seen[site.path])))
         ran = run_tiny(self.base.model)
         for handle in handles:
@@ -114,8 +115,9 @@ class Residuals:
             raise UsageError("the base's residual stream cannot be found", "Choose a method without sublayer sites.")
         return {path: found.source(sums) for path, found in seen.items() if found.candidates}
 
-    def _entry(self, sublayer: Site) -> Site:
-        """The first module of a sublayer: its first projection in the block."""
+    def _entries(self, sublayer: Site) -> list[nn.Module]:
+        """Projections of the sublayer's block and part that may read the stream; else the sublayer itself."""
         block = next(block for block in self.base.blocks if sublayer.path.startswith(block + "."))
-        inside = (s for s in self.base.projections if s.path.startswith(block + ".") and s.part == sublayer.part)
-        return next(inside, sublayer)
+        inside = [s for s in self.base.projections if s.path.startswith(block + ".") and s.part == sublayer.part]
+        found = [s.module for s in inside if s.in_features == sublayer.out_features and s.path != sublayer.path]
+        return found or [sublayer.module]

@@ -54,7 +54,11 @@ def command(
         from inlay.training.run import run
 
         with _Bar() as bar:
-            emit(run(settings, bar.step), json)
+            result = run(settings, bar.step)
+        for reason, count in result["rows"].items():
+            if count and reason != "rows":
+                console.print(f"{count} of {result['rows']['rows']} rows {reason}", highlight=False)
+        emit(result, json)
 
 
 def _settings(given: dict[str, Any]) -> Any:
@@ -94,16 +98,17 @@ class _Bar:
         self.task: Any = None
 
     def __enter__(self) -> _Bar:
-        self.progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+        if self.task is not None:
+            self.progress.stop()
 
     def step(self, contender: Any, total: int) -> None:
         from inlay.training.run import peak_memory_mb
 
         if self.task is None:
+            self.progress.start()
             self.task = self.progress.add_task("training", total=total, loss="", speed="", memory="")
         seconds = self.progress.tasks[0].elapsed or 1e-9
         self.progress.update(

@@ -9,6 +9,7 @@ network W1 (h, d), b1 (h,), W2 (2 L d, h), b2 (2 L d,) with d = heads head_dim; 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.errors import FormatError, UsageError
-from inlay.sites.probe import attention_sites
+from inlay.sites.probe import attention_sites, uses_interface
 
 from .contract import Method, Params, Site, Structure
 
@@ -53,6 +54,9 @@ class PrefixTuning(Method):
 
     def sites(self, base: Structure) -> list[Site]:
         sites = [site for site in attention_sites(base) if site.stack != "encoder"]
+        takes_cache = "past_key_values" in inspect.signature(base.stacks[-1].forward).parameters
+        if not uses_interface(base) and not takes_cache:
+            raise UsageError("the base takes no keys and values from outside its attention", "Choose LoRA.")
         if not sites:
             raise UsageError("prefix tuning finds no attention with keys and values in this base", "Choose LoRA.")
         if len({(s.heads, s.head_dim, s.value_dim) for s in sites}) > 1:

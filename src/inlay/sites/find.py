@@ -45,12 +45,21 @@ def _stacks(model: nn.Module) -> tuple[nn.Module, ...]:
     """The modules that turn ids into hidden states: one, or an encoder and a decoder."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return (model.get_encoder(), model.get_decoder())  # pyright: ignore[reportCallIssue]
-    base = getattr(model, "base_model", model)
-    inner = getattr(base, "language_model", None)
-    stack = inner if isinstance(inner, nn.Module) else base
-    while len(children := list(stack.children())) == 1 and hasattr(children[0], "get_input_embeddings"):
-        stack = children[0]  # a mere wrapper, which the model with a head does not even call
+    stack = getattr(model, "base_model", model)
+    while inner := next((child for child in stack.children() if _same_inputs(child, stack)), None):
+        stack = inner  # a wrapper, which a model with a head may not even call
     return (stack,)
+
+
+def _same_inputs(child: nn.Module, stack: nn.Module) -> bool:
+    """Whether `child` is a model of its own that embeds the ids for `stack`."""
+    if not (hasattr(child, "get_input_embeddings") and hasattr(stack, "get_input_embeddings")):
+        return False
+    try:
+        own, outer = child.get_input_embeddings(), stack.get_input_embeddings()  # pyright: ignore
+    except (NotImplementedError, AttributeError):
+        return False
+    return own is outer and isinstance(own, nn.Embedding)
 
 
 def _blocks(model: nn.Module) -> dict[str, int]:
@@ -76,7 +85,10 @@ def _is_projection(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return "Norm" in type(module).__name__ and weight is not None and weight.ndim == 1
+    if "Norm" not in type(module).__name__ or weight is None or weight.ndim != 1:
+        return False
+    needed = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    return len([p for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) == 1  # no gated norms
 
 
 class _Reader:

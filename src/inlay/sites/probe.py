@@ -64,9 +64,10 @@ def attention_sites(base: Structure) -> list[Site]:
     """
     seen = _observed(base)
     sites = []
+    paths = [site.path for site in base.attentions.values()]
     for module, site in base.attentions.items():
-        if site.part == "cross-attention":
-            continue
+        if site.part == "cross-attention" or (not seen and any(p.startswith(site.path + ".") for p in paths)):
+            continue  # where nothing was seen, the innermost module is the one with keys
         shape = seen.get(module) or (None if seen else _configured(base, module))
         if shape is not None and shape.heads:
             sites.append(replace(site, heads=shape.heads, head_dim=shape.head_dim, value_dim=shape.value_dim))

@@ -106,7 +106,9 @@ class PackedCall(Call):
 
     def _by_head(self, value: Tensor) -> bool:
         """Whether heads come before tokens, as where a norm acts on a query's heads; tokens have the larger stride."""
-        return value.ndim == 4 and value.shape[2] == self.portions.total and value.stride(1) < value.stride(2)
+        if value.ndim != 4 or value.shape[2] != self.portions.total:
+            return False
+        return value.shape[1] == 1 or value.stride(1) < value.stride(2)
 
     # ---- the call's arguments
 

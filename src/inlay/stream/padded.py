@@ -28,16 +28,18 @@ class PaddedCall(Call):
 
     def __init__(
         self, owner: object, blends: Sequence[Blend], stack: Stack, virtual: Sequence[int], prefixes: Prefixes,
-        values: Callable[[Blend], Tensor | None], by_cache: bool = False,
+        values: Callable[[Blend], Tensor | None], by_cache: bool = False, continued: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(owner, Portions(blends))
         self.blends, self.stack, self.prefixes, self._values = list(blends), stack, prefixes, values
         self.by_cache = by_cache and prefixes.longest > 0
-        self.attends = prefixes.longest > 0 and not by_cache
         self.virtual = torch.tensor(virtual)
         self.widest = max(virtual, default=0)
+        self.uneven = len(set(virtual)) > 1
+        self.attends = (prefixes.longest > 0 or self.uneven) and not by_cache
         self.source: Tensor | None = None  # (B, W): original column, -1 padding, -2-j virtual token j
         self.lead = torch.zeros(len(blends), dtype=torch.long)
+        self.continued = continued
         self._filled = True
 
     def unfold(self, value: Tensor, width: int | None) -> Tensor:
@@ -54,6 +56,8 @@ class PaddedCall(Call):
         inputs = ids if ids is not None else embeds
         if inputs is None or not (self.widest or self.prefixes.longest):
             return given
+        if self.continued and given.get("past_key_values") is None:
+            return given  # a recurrent state, which has taken the virtual tokens in
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UsageError("prefixes and virtual tokens need a 2-D attention mask", "Give (rows, tokens).")
         rows, length = inputs.shape[:2]
@@ -80,6 +84,8 @@ class PaddedCall(Call):
 
     def _lay_out(self, mask: Tensor, device: torch.device) -> None:
         first, width = mask.argmax(1), self.widest
+        if self.stack.part == "encoder":
+            return self._lay_out_encoder(first, mask.shape[1])
         self.lead = first + width - self.virtual
         if not width:
             return
@@ -88,6 +94,16 @@ class PaddedCall(Call):
         source = torch.where(column < end, column - (width - self.virtual)[:, None], column - width)
         source = torch.where(column < (width - self.virtual)[:, None], -1, source)
         self.source = torch.where((column >= start) & (column < end), start - column - 2, source)
+
+    def _lay_out_encoder(self, first: Tensor, length: int) -> None:
+        """Nothing is ever appended to an encoder's rows: new padding goes behind them, where it moves no position."""
+        self.lead = first
+        if self.widest:
+            column = torch.arange(self.widest + length, device=first.device)[None]
+            start, end = first[:, None], (first + self.virtual)[:, None]
+            source = torch.where(column < start, column, column - self.virtual[:, None])
+            source = torch.where(column >= length + self.virtual[:, None], -1, source)
+            self.source = torch.where((column >= start) & (column < end), start - column - 2, source)
 
     def _widened(self, values: Tensor, virtual: Any, padding: Any) -> Tensor:
         """(B, L) values in the widened call: `virtual` at virtual tokens, `padding` at new padding."""
@@ -167,7 +183,9 @@ class PaddedCall(Call):
         return states.gather(1, index)
 
     def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
-        base = plain(**{**call, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        base = self._kept_busy(plain(**{**call, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}))
+        if not self.prefixes.longest:
+            return base
         rows, queries, width, device = base.shape[0], call["q_length"], self.prefixes.longest, base.device
         behind = torch.arange(width, device=device)[None] - width  # key j of a row's prefix stands at -P..-1
         front = self._front(rows, device)[:, None, None].expand(rows, 1, queries, width)
@@ -180,6 +198,13 @@ class PaddedCall(Call):
             front = torch.zeros_like(front, dtype=base.dtype).masked_fill(~front, torch.finfo(base.dtype).min)
         return torch.cat([front.expand(rows, base.shape[1], queries, width), base], -1)
 
+    def _kept_busy(self, mask: Tensor) -> Tensor:
+        """Let new padding see itself: a softmax over nothing is NaN in some implementations, and NaN spreads."""
+        if self.source is None or mask.shape[-2:] != (self.source.shape[1],) * 2:
+            return mask
+        padding = torch.diag_embed(self.source == -1)[:, None].to(mask.device)
+        return mask | padding if mask.dtype == torch.bool else mask.masked_fill(padding, 0)
+
     def _front(self, rows: int, device: torch.device) -> Tensor:
         """(B, P): which of the prefix columns hold a key of the row."""
         width, lengths = self.prefixes.longest, torch.tensor(self.prefixes.lengths, device=device)
@@ -190,9 +215,9 @@ class PaddedCall(Call):
     ) -> tuple[Tensor, Any]:
         q, k, v = qkv
         width, columns = self.prefixes.longest, k.shape[2]
-        found = self.prefixes.stacked(module, range(len(self.blends)), k, v)
+        found = self.prefixes.stacked(module, range(len(self.blends)), k, v) if width else None
         if found is None:  # cross-attention, or a stack that takes no prefix
-            if isinstance(mask, Tensor) and mask.shape[-1] > columns:
+            if width and isinstance(mask, Tensor) and mask.shape[-1] > columns:
                 mask = mask[..., width:]
             return plain(module, q, k, v, mask, **rest)
         if mask is None:  # a base that never masks, such as a vision encoder

@@ -25,6 +25,7 @@ from inlay.methods.contract import Method
 from inlay.methods.table import METHODS
 
 from .contender import Contender, Plan
+from .forward import check_trainable
 from .loop import train
 
 __all__ = ["Settings", "make_method", "peak_memory_mb", "run"]
@@ -67,7 +68,7 @@ def run(settings: Settings, on_step: Callable[[Contender, int], None] | None = N
 
     Raises: UsageError, DataError or FormatError before any training where the settings, the data or the base are wrong.
     """
-    method = make_method(settings.method, settings.set)
+    plan = _plan(settings, make_method(settings.method, settings.set))
     out = _folder(settings.out)
     rows, held, template = _rows(settings)
     base = load_base(settings.base, settings.dtype, settings.device)
@@ -75,7 +76,10 @@ def run(settings: Settings, on_step: Callable[[Contender, int], None] | None = N
     encoder = Encoder(base.tokenizer, template, settings.max_length)
     prepared = encoder.examples(rows)
     bank = inlay.attach(base.model)
-    plan = _plan(settings, method.prepared(base.tokenizer))
+    plan = dataclasses.replace(plan, method=plan.method.prepared(base.tokenizer))
+    check_trainable(bank)
+    plan.method.sites(bank.base)
+    out.mkdir(parents=True, exist_ok=True)
     with open(out / "metrics.jsonl", "w", encoding="utf8") as metrics:
 
         def note(contenders: list[Contender]) -> None:
@@ -120,10 +124,8 @@ def _folder(path: str) -> Path:
     out = Path(path)
     if (out / "run.json").exists():
         raise UsageError(f"{out} holds a finished run", "Choose another folder, or remove this one.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"the folder {out} cannot be made ({error.strerror})", "Choose another.") from None
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", "Name a folder.")
     return out
 
 
