@@ -36,7 +36,7 @@ class PaddedCall(Call):
         self.virtual = torch.tensor(virtual)
         self.widest = max(virtual, default=0)
         self.uneven = len(set(virtual)) > 1
-        self.attends = (prefixes.longest > 0 or self.uneven) and not by_cache
+        self.attends = (prefixes.longest > 0 and not by_cache) or self.uneven
         self.source: Tensor | None = None  # (B, W): original column, -1 padding, -2-j virtual token j
         self.lead = torch.zeros(len(blends), dtype=torch.long)
         self.continued = continued
@@ -184,7 +184,7 @@ class PaddedCall(Call):
 
     def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
         base = self._kept_busy(plain(**{**call, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}))
-        if not self.prefixes.longest:
+        if not self.prefixes.longest or self.by_cache:
             return base
         rows, queries, width, device = base.shape[0], call["q_length"], self.prefixes.longest, base.device
         behind = torch.arange(width, device=device)[None] - width  # key j of a row's prefix stands at -P..-1
@@ -200,9 +200,10 @@ class PaddedCall(Call):
 
     def _kept_busy(self, mask: Tensor) -> Tensor:
         """Let new padding see itself: a softmax over nothing is NaN in some implementations, and NaN spreads."""
-        if self.source is None or mask.shape[-2:] != (self.source.shape[1],) * 2:
+        if self.source is None or mask.shape[-2] != self.source.shape[1] or mask.shape[-1] < mask.shape[-2]:
             return mask
         padding = torch.diag_embed(self.source == -1)[:, None].to(mask.device)
+        padding = F.pad(padding, (mask.shape[-1] - mask.shape[-2], 0))  # behind keys and values from a cache
         return mask | padding if mask.dtype == torch.bool else mask.masked_fill(padding, 0)
 
     def _front(self, rows: int, device: torch.device) -> Tensor:
