@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from inlay.errors import UsageError
 from inlay.sites.find import Structure
+from inlay.sites.hints import CACHES
 from inlay.sites.probe import attention_configs, attention_sites, uses_interface
 from inlay.stream.attention import taken_over
 from inlay.stream.call import current, entered
@@ -97,7 +98,7 @@ class CallHooks:
         given = call.prepare(given)
         if stack.part == "decoder" and not route.lengths:
             self._widen_cross_mask(given, route)
-        self._check_cache(given.get("past_key_values"), route.blends)
+        self._check_cache(given.get(stack.cache), route.blends)
         self._bind_checkpoints(route, call)
         opened.enter_context(entered(call))
         if call.attends:
@@ -113,7 +114,7 @@ class CallHooks:
         blends = [blend for blend in route.blends for _ in range(rows // len(route.blends))]
         virtual = [0 if stack.part == "decoder" else self.bank.virtual_length(b) for b in blends]
         prefixes = self._prefixes(stack, route, blends)
-        cache = given.get("past_key_values") or given.get("cache_params")
+        cache = given.get(stack.cache)
         continued = cache is not None and cache in self._caches
         own_attention = not uses_interface(self.base) if any(virtual) or prefixes.longest else False
         by_cache = prefixes.longest > 0 and own_attention
@@ -171,7 +172,8 @@ class CallHooks:
             return None
         if not isinstance(call, (PaddedCall, PackedCall)) or out is None:
             return None
-        self._tag_cache(getattr(out, "past_key_values", None) or getattr(out, "cache_params", None), call.blends)
+        for name in CACHES:
+            self._tag_cache(getattr(out, name, None), call.blends)
         return None if stack.part == "encoder" else _narrowed(out, call)
 
     # ---- encoder and decoder, caches, checkpointing
@@ -199,11 +201,11 @@ class CallHooks:
         given["encoder_attention_mask"] = torch.where(column >= length + virtual, 0, wide)
 
     def _check_cache(self, cache: Any, blends: list[Blend]) -> None:
-        if cache is None or not cache.get_seq_length():
+        if cache is None or not hasattr(cache, "get_seq_length") or not cache.get_seq_length():
             return
         tag = self._caches.get(cache)
         if tag is not None and tag != _spread(blends, len(tag)):
-            raise UsageError("past_key_values were filled under another route", "Use a new cache for a new route.")
+            raise UsageError("the cache was filled under another route", "Use a new cache for a new route.")
 
     def _tag_cache(self, cache: Any, blends: list[Blend]) -> None:
         if cache is not None and not isinstance(cache, (tuple, list, Tensor)):

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from inlay.sites.probe import attention_sites, uses_interface
+from inlay.stream.stack import cache_name
 
 from .calls import Route
 
@@ -45,7 +46,7 @@ def ignores_padding(bank: Bank, behind_prefix: bool) -> bool:
     def run(padding: int) -> torch.Tensor:
         more: dict[str, Any] = {}
         if behind_prefix:
-            cache = more["past_key_values"] = DynamicCache()
+            cache = more[cache_name(stack)] = DynamicCache()
             for layer, site in enumerate(attention_sites(bank.base)):
                 shape, generator = (1, site.heads, width), torch.Generator().manual_seed(layer)
                 k, v = (torch.randn(*shape, dim, generator=generator) for dim in (site.head_dim, site.value_dim))

@@ -54,7 +54,7 @@ class PrefixTuning(Method):
 
     def sites(self, base: Structure) -> list[Site]:
         sites = [site for site in attention_sites(base) if site.stack != "encoder"]
-        takes_cache = "past_key_values" in inspect.signature(base.stacks[-1].forward).parameters
+        takes_cache = {"past_key_values", "cache"} & set(inspect.signature(base.stacks[-1].forward).parameters)
         if not uses_interface(base) and not takes_cache:
             raise UsageError("the base takes no keys and values from outside its attention", "Choose LoRA.")
         if not sites:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["CROSS_ATTENTION", "FUSED_EXPERTS", "HEADS", "IS_ATTENTION", "ROLES", "role_of"]
+__all__ = ["CACHES", "CROSS_ATTENTION", "FUSED_EXPERTS", "HEADS", "IS_ATTENTION", "ROLES", "role_of"]
 
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "q", "q_lin", "wq", "query_proj", "q_b_proj", "to_q"),
@@ -21,6 +21,9 @@ ROLES: dict[str, tuple[str, ...]] = {
 
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|cls|predictions|pooler|output_layer)(\.|$)")
 """Parts behind the last block: `all-linear` leaves them alone, as PEFT does with output layers."""
+
+CACHES = ("past_key_values", "cache", "cache_params")
+"""What stacks call the keys and values, or the state, that they are given and hand back."""
 
 CROSS_ATTENTION = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)
 """Attention from a decoder to its encoder."""

@@ -56,12 +56,12 @@ class PaddedCall(Call):
         inputs = ids if ids is not None else embeds
         if inputs is None or not (self.widest or self.prefixes.longest):
             return given
-        if self.continued and given.get("past_key_values") is None:
+        if self.continued and self.stack.cache == "cache_params":
             return given  # a recurrent state, which has taken the virtual tokens in
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UsageError("prefixes and virtual tokens need a 2-D attention mask", "Give (rows, tokens).")
         rows, length = inputs.shape[:2]
-        past, extra = self._past(given.get("past_key_values"))
+        past, extra = self._past(given.get(self.stack.cache))
         real = past - extra
         self.virtual = self.virtual.to(inputs.device)
         whole = inputs.new_ones(rows, real + length, dtype=torch.long) if mask is None else mask.long()
@@ -77,7 +77,8 @@ class PaddedCall(Call):
 
     def _past(self, cache: Any) -> tuple[int, int]:
         """Cached columns, and how many of them are virtual or prefix."""
-        past = int(cache.get_seq_length()) if cache is not None and self.stack.part != "encoder" else 0
+        seen = getattr(cache, "get_seq_length", None) if self.stack.part != "encoder" else None
+        past = int(seen()) if seen is not None else 0
         if past and type(cache).__name__ == "StaticCache":
             raise UsageError("a static cache has no room for prefixes and virtual tokens", "Use the default cache.")
         return past, (self.widest + (self.prefixes.longest if self.by_cache else 0)) if past else 0
@@ -153,7 +154,7 @@ class PaddedCall(Call):
         given["attention_mask"] = torch.cat([front.to(mask.dtype), mask if now is None else now], 1)
         if past:
             return
-        cache = given["past_key_values"] = given.get("past_key_values") or DynamicCache()
+        cache = given[self.stack.cache] = given.get(self.stack.cache) or DynamicCache()
         for layer, (k, v) in enumerate(self.prefixes.all_layers(len(self.blends))):
             cache.update(k, v, layer)
 

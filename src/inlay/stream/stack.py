@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Stack", "describe"]
+from inlay.sites.hints import CACHES
+
+__all__ = ["Stack", "cache_name", "describe"]
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
     """`part` is "encoder", "decoder" or ""; `counts` says what positions count where the caller gives none:
     "columns" (most models), "mask" (real tokens, by the mask) or "ids" (real tokens, by their ids); `first` is the
-    position of the first token; `filler` a token id that is no padding.
+    position of the first token; `filler` a token id that is no padding; `cache` the name of the argument for a cache.
     """
 
     module: nn.Module
@@ -27,6 +29,7 @@ class Stack:
     counts: str
     first: int
     filler: int
+    cache: str
 
     @property
     def takes_positions(self) -> bool:
@@ -38,6 +41,9 @@ class Stack:
         for parameter in self.signature.parameters.values():
             if parameter.kind == parameter.VAR_KEYWORD and parameter.name in bound:
                 bound.update(bound.pop(parameter.name))
+        for name in CACHES:  # older names are still taken
+            if name != self.cache and self.cache and bound.get(name) is not None:
+                bound[self.cache] = bound.pop(name)
         return bound
 
     def plain_positions(self, ids: Tensor | None, mask: Tensor, past: int) -> Tensor:
@@ -56,6 +62,11 @@ class Stack:
         return ((mask.cumsum(1) - 1).clamp(min=0) + self.first)[:, past:]
 
 
+def cache_name(module: nn.Module) -> str:
+    """What `module` calls its cache; "" where it takes none."""
+    return next((name for name in CACHES if name in inspect.signature(module.forward).parameters), "")
+
+
 def describe(module: Any, part: str) -> Stack:
     """Read what `Stack` holds from the module."""
     counts, first = "columns", 0
@@ -69,4 +80,5 @@ def describe(module: Any, part: str) -> Stack:
     return Stack(
         module, inspect.signature(module.forward), part, module.get_input_embeddings(),
         pooler if isinstance(pooler, nn.Module) else None, counts, first, 1 if padding == 0 else 0,
+        cache_name(module),
     )  # fmt: skip
