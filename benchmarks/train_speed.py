@@ -150,7 +150,7 @@ def main() -> None:
     if a.opponent:
         initial = tempfile.mkdtemp()
         theirs = [sys.executable, str(Path(__file__).with_name("with_initial.py")), initial, a.opponent]
-        theirs += ["--model", resolve("smollm2"), "--csv", str(reviews_csv()), *same]
+        theirs += ["--model", str(resolve("smollm2")), "--csv", str(reviews_csv()), *same]
         commands |= {"peft+trl": theirs, "peft+trl, tuned": [*theirs, "--tuned"]}
         own += ["--initial", initial]
     commands["inlay"] = own

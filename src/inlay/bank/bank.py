@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.bases.fingerprint import fingerprint
+from inlay.bases.fingerprint import fingerprint, same_base
 from inlay.errors import FormatError, UsageError
 from inlay.files import write_json
 from inlay.formats.loralib import read_loralib, write_loralib
@@ -80,7 +80,7 @@ class Bank:
         else:
             method, tensors = read_peft(Path(path), self.base)
         trained_on = None if Path(path).is_file() else read_notes(path).get("fingerprint")
-        if trained_on not in (None, self.fingerprint):
+        if trained_on is not None and not same_base(trained_on, self.fingerprint):
             raise FormatError(
                 f"{path} was trained on another base (fingerprint {trained_on}, here {self.fingerprint})",
                 "Name the base it was trained on.",

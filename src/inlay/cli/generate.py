@@ -55,7 +55,8 @@ def command(
         torch.manual_seed(seed)
         drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
         with bank.route(["adapter" if adapter else None]):
-            out = opened.model.generate(
+            model: Any = opened.model
+            out = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, num_beams=beams,
                 pad_token_id=tokenizer.pad_token_id, **drawn,
             )  # fmt: skip

@@ -18,4 +18,4 @@ def command(
 
         with console.status(f"fetching {base}"):
             folder = resolve(base)
-        emit({"base": base, "folder": folder}, json)
+        emit({"base": base, "folder": str(folder)}, json)

@@ -194,7 +194,12 @@ class PackedCall(Call):
             lengths = torch.tensor([self.prefixes.lengths[u] for u in block.units], device=device)
             front = torch.arange(-width, 0, device=device)[None] >= -lengths[:, None]
             there = torch.cat([front, block.real], 1)[:, None, None]
-            seen = torch.broadcast_to(mask.function(zero, zero, q, k), (1, 1, size, keys)) & there
+            shift = lengths.view(-1, 1, 1, 1)
+            before = mask.function(zero, zero, q + shift, k[..., :width] + shift)
+            inside = mask.function(zero, zero, q, k[..., width:])
+            rows = len(block.units)
+            parts = [before.expand(rows, 1, size, width), inside.expand(rows, 1, size, size)]
+            seen = torch.cat(parts, -1) & there
             # A padded query keeps a key of its own, so that no row of the softmax is empty.
             mask.held[spot] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
         return mask.held[spot]

@@ -17,7 +17,7 @@ from .prefixes import Prefixes
 from .route import Blend
 from .stack import Stack
 
-__all__ = ["PaddedCall"]
+__all__ = ["PaddedCall", "columns"]
 
 
 class PaddedCall(Call):
@@ -56,7 +56,7 @@ class PaddedCall(Call):
         inputs = ids if ids is not None else embeds
         if inputs is None or not (self.widest or self.prefixes.longest):
             return given
-        if self.continued and self.stack.cache == "cache_params":
+        if self.continued and not columns(given.get(self.stack.cache)):
             return given  # a recurrent state, which has taken the virtual tokens in
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UsageError("prefixes and virtual tokens need a 2-D attention mask", "Give (rows, tokens).")
@@ -77,8 +77,7 @@ class PaddedCall(Call):
 
     def _past(self, cache: Any) -> tuple[int, int]:
         """Cached columns, and how many of them are virtual or prefix."""
-        seen = getattr(cache, "get_seq_length", None) if self.stack.part != "encoder" else None
-        past = int(seen()) if seen is not None else 0
+        past = columns(cache) if self.stack.part != "encoder" else 0
         if past and type(cache).__name__ == "StaticCache":
             raise UsageError("a static cache has no room for prefixes and virtual tokens", "Use the default cache.")
         return past, (self.widest + (self.prefixes.longest if self.by_cache else 0)) if past else 0
@@ -190,10 +189,11 @@ class PaddedCall(Call):
         rows, queries, width, device = base.shape[0], call["q_length"], self.prefixes.longest, base.device
         behind = torch.arange(width, device=device)[None] - width  # key j of a row's prefix stands at -P..-1
         front = self._front(rows, device)[:, None, None].expand(rows, 1, queries, width)
-        # The reference's sliding windows pass over a prefix as over any other key.
-        q = (torch.arange(queries, device=device) + call.get("q_offset", 0)).view(1, 1, queries, 1)
-        k = (behind + self.lead.to(device)[:, None]).view(rows, 1, 1, width)
-        row, head = torch.arange(rows, device=device).view(rows, 1, 1, 1), torch.zeros_like(q[:, :, :1])
+        # The reference's windows and chunks pass over a prefix as over any other keys, counted from its first.
+        shift = torch.tensor(self.prefixes.lengths, device=device).view(rows, 1, 1, 1)
+        q = (torch.arange(queries, device=device) + call.get("q_offset", 0)).view(1, 1, queries, 1) + shift
+        k = (behind + self.lead.to(device)[:, None]).view(rows, 1, 1, width) + shift
+        row, head = torch.arange(rows, device=device).view(rows, 1, 1, 1), torch.zeros_like(shift[:1])
         front = front & torch.broadcast_to(call["mask_function"](row, head, q, k), front.shape)
         if base.dtype != torch.bool:
             front = torch.zeros_like(front, dtype=base.dtype).masked_fill(~front, torch.finfo(base.dtype).min)
@@ -245,3 +245,11 @@ class PaddedCall(Call):
             )
             kinds[n] = F.pad(bias, (width - n, 0))
         return torch.cat([kinds[n] for n in self.prefixes.lengths])
+
+
+def columns(cache: Any) -> int:
+    """Tokens that a cache holds keys for; recurrent states hold none."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        return 0
