@@ -19,6 +19,7 @@ from inlay.formats.notes import NOTES, read_notes
 from inlay.formats.peft import read_peft, write_peft
 from inlay.methods.contract import Method, Params
 from inlay.sites.find import find
+from inlay.sites.probe import uses_interface
 from inlay.stream.noise import Noise
 from inlay.stream.prefixes import KeysValues
 from inlay.stream.route import Blend, RowSpec, normalise
@@ -119,7 +120,10 @@ class Bank:
 
     def _keep(self, adapter: Adapter) -> Adapter:
         self.adapters[adapter.name] = adapter
-        self._sites.add(adapter)
+        with self._in_force(Route([()])):  # what looks at the base by running it must see the base alone
+            self._sites.add(adapter)
+            if adapter.method.virtual_length or adapter.method.prefix_length:
+                uses_interface(self.base)
         return adapter
 
     def remove(self, name: str) -> None:
@@ -136,24 +140,30 @@ class Bank:
         self._default = self._checked(row)
 
     @contextmanager
-    def route(self, rows: Sequence[RowSpec], noise: Noise | None = None) -> Iterator[None]:
+    def route(
+        self, rows: Sequence[RowSpec], noise: Noise | None = None, places: Sequence[int] | None = None
+    ) -> Iterator[None]:
         """Give each row of the batch its own adapters: a name, None, a list (stacked) or {name: weight}.
 
         A batch of a multiple of `len(rows)` (beams, several answers a prompt) repeats each row's entry in place.
-        `noise` switches dropout on.
+        `noise` switches dropout on. `places` says before which of its own tokens each row's virtual ones stand: 0, its
+        first, where nobody says; its length, behind its last.
         """
-        if not rows:
-            raise UsageError("a route without rows", "Give one entry for each row of the batch.")
-        with self._in_force(Route([self._checked(row) for row in rows], noise=noise)):
+        if not rows or (places is not None and len(places) != len(rows)):
+            raise UsageError("rows and places of a route differ, or are none", "Give one entry for each row.")
+        chosen = None if places is None else list(places)
+        with self._in_force(Route([self._checked(row) for row in rows], noise=noise, places=chosen)):
             yield
 
     @contextmanager
     def stream(
-        self, segments: Sequence[tuple[RowSpec, int]], kept: Sequence[int] | None = None, noise: Noise | None = None
-    ) -> Iterator[None]:
+        self, segments: Sequence[tuple[RowSpec, int]], kept: Sequence[int] | None = None, noise: Noise | None = None,
+        places: Sequence[int] | None = None,
+    ) -> Iterator[None]:  # fmt: skip
         """Run the base on one packed row, input_ids (1, tokens): each segment is (its adapters, its tokens).
 
-        `kept` says how many tokens of each segment go on to the head, where `logits_to_keep` picks some.
+        `kept` says how many tokens of each segment go on to the head, where `logits_to_keep` picks some; `places`, as
+        in `route`, where virtual tokens stand.
         Raises: UsageError where the base cannot keep segments apart (see `packs`).
         """
         if not self.packs:
@@ -162,7 +172,8 @@ class Bank:
             raise UsageError("a stream without segments", "Give (adapters, tokens) for each.")
         blends = [self._checked(row) for row, _ in segments]
         lengths = [length for _, length in segments]
-        with self._in_force(Route(blends, lengths, None if kept is None else list(kept), noise)):
+        chosen = None if places is None else list(places)
+        with self._in_force(Route(blends, lengths, None if kept is None else list(kept), noise, chosen)):
             yield
 
     @cached_property

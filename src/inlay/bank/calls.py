@@ -19,7 +19,7 @@ from inlay.sites.hints import CACHES
 from inlay.sites.probe import attention_configs, attention_sites, uses_interface
 from inlay.stream.attention import taken_over
 from inlay.stream.call import current, entered
-from inlay.stream.noise import Noise
+from inlay.stream.noise import Noise, shaken
 from inlay.stream.packed import PackedCall
 from inlay.stream.padded import PaddedCall, columns
 from inlay.stream.prefixes import KeysValues, Prefixes
@@ -32,12 +32,13 @@ __all__ = ["CallHooks", "Lookup", "Route"]
 @dataclass
 class Route:
     """What is in force between entering and leaving a route: blends of rows, or of segments with their `lengths`;
-    `kept` holds how many tokens of each segment go on to the head."""
+    `kept` holds how many tokens of each segment go on to the head, `places` before which token virtual ones stand."""
 
     blends: list[Blend]
     lengths: list[int] | None = None
     kept: list[int] | None = None
     noise: Noise | None = None
+    places: list[int] | None = None
     held: dict[Any, Prefixes] = field(default_factory=dict)
 
 
@@ -63,6 +64,7 @@ class CallHooks:
         parts = ("encoder", "decoder") if len(base.stacks) == 2 else ("",)
         self.stacks = [describe(module, part) for module, part in zip(base.stacks, parts, strict=True)]
         self.configs = attention_configs(base.model)
+        self.writes = getattr(base.model, "can_generate", bool)()
         self._open: list[tuple[nn.Module, ExitStack]] = []
         self._caches: WeakKeyDictionary[Any, list[Blend]] = WeakKeyDictionary()
         self._checkpointed = [m for m in base.model.modules() if hasattr(m, "gradient_checkpointing")]
@@ -126,7 +128,12 @@ class CallHooks:
         if by_cache and stack.module.training and any(m.gradient_checkpointing for m in self._checkpointed):
             raise UsageError("this base drops prefixes under gradient checkpointing", "Switch checkpointing off.")
         values = self.bank.virtual_of
-        call = PaddedCall(self.bank.owner, blends, stack, virtual, prefixes, values, by_cache, continued)
+        places = None
+        if route.places is not None and stack.part != "decoder":
+            places = [place for place in route.places for _ in range(rows // len(route.blends))]
+        call = PaddedCall(
+            self.bank.owner, blends, stack, virtual, prefixes, values, by_cache, continued, places, self.writes
+        )
         if own_attention and any(config._attn_implementation != "eager" for config in self.configs):
             call.attends = False  # such a base may ask its configuration for a name it knows
         return call
@@ -135,7 +142,10 @@ class CallHooks:
         assert route.lengths is not None
         virtual = [self.bank.virtual_length(b) for b in route.blends]
         prefixes = self._prefixes(stack, route, route.blends)
-        return PackedCall(self.bank.owner, route.blends, route.lengths, stack, virtual, prefixes, self.bank.virtual_of)
+        return PackedCall(
+            self.bank.owner, route.blends, route.lengths, stack, virtual, prefixes, self.bank.virtual_of, route.places,
+            self.writes,
+        )  # fmt: skip
 
     def _prefixes(self, stack: Stack, route: Route, blends: Sequence[Blend]) -> Prefixes:
         """Held by the route while nothing is trained, so that each layer stacks its prefixes once."""
@@ -153,7 +163,15 @@ class CallHooks:
             and call.owner is self.bank.owner
             and module is call.stack.embedding
         ):
-            return call.embed(embedded)
+            filled = call.embed(embedded)
+            route = self.bank.route_in_force()
+            if route is None or route.noise is None or not any(route.noise.shakes) or call.shaken:
+                return filled
+            if call.stack.part == "decoder":
+                return filled
+            call.shaken = True
+            filled = embedded if filled is None else filled
+            return shaken(filled, call.own_tokens(filled), route.noise)
         return None
 
     def _pool(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -20,6 +20,8 @@ class Call(ABC):
 
     attends = False
     """Whether attention is taken over in this call, because prefixes or segments need it."""
+    shaken = False
+    """Whether noise is on the embeddings already."""
 
     def __init__(self, owner: object, portions: Portions) -> None:
         self.owner, self.portions = owner, portions
@@ -34,6 +36,10 @@ class Call(ABC):
     def fold(self, value: Tensor, like: Tensor) -> Tensor:
         """The inverse of `unfold`, in the shape of `like`."""
         return value.reshape(like.shape)
+
+    def own_tokens(self, embedded: Tensor) -> list[tuple[int, Tensor]]:
+        """For each unit, where the embeddings (rows, columns, width) of its own tokens are."""
+        raise NotImplementedError
 
     def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
         """What the base's layers get as attention mask; `plain` makes the one they would get without this call."""

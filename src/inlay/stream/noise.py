@@ -1,23 +1,49 @@
-"""Dropout masks that depend on what a token is, not on where it stands in the batch."""
+"""Noise that depends on what a token is, not on where it stands in the batch: dropout masks, shaken embeddings."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Dropper", "Noise"]
+__all__ = ["Dropper", "Noise", "Shake", "shaken"]
+
+
+@dataclass(frozen=True)
+class Shake:
+    """NEFTune's noise for a unit of `tokens`: uniform within `alpha` / sqrt(tokens x width), drawn from `seed`.
+
+    Paper: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning" (arXiv:2310.05914).
+    """
+
+    seed: int
+    alpha: float
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The step of training and the sample in each unit (row or segment) of the batch."""
+    """The step of training, the sample in each unit (row or segment) of the batch, and how its embeddings shake."""
 
     step: int
     samples: Sequence[int]
+    shakes: Sequence[Shake | None] = ()
+
+
+def shaken(embedded: Tensor, places: Sequence[tuple[int, Tensor]], noise: Noise) -> Tensor:
+    """Embeddings (rows, columns, width) with noise at the own tokens of each unit, `places` (row, columns)."""
+    delta = torch.zeros_like(embedded)
+    for (row, index), shake, sample in zip(places, noise.shakes, noise.samples, strict=True):
+        if shake is not None and shake.alpha:
+            generator = _generator(f"{shake.seed}//{noise.step}/{sample}", embedded.device)
+            drawn = torch.rand(shake.tokens, embedded.shape[2], generator=generator, device=embedded.device)
+            scale = shake.alpha / math.sqrt(shake.tokens * embedded.shape[2])
+            delta[row, index[: shake.tokens].to(delta.device)] = ((2 * drawn - 1) * scale).to(delta.dtype)
+    return embedded + delta
 
 
 @dataclass(frozen=True)
@@ -37,9 +63,12 @@ class Dropper:
 
     def _drawn(self, unit: tuple[int, int, int], x: Tensor, p: float) -> Tensor:
         sample, lead, tokens = unit
-        name = f"{self.seed}/{self.path}/{self.step}/{sample}".encode()
-        number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
-        generator = torch.Generator(x.device).manual_seed(number)
+        generator = _generator(f"{self.seed}/{self.path}/{self.step}/{sample}", x.device)
         drawn = torch.rand(tokens - lead, x.shape[-1], generator=generator, device=x.device)
         kept = (drawn >= p).to(x.dtype) / (1 - p)
         return kept if not lead else torch.cat([kept.new_ones(lead, x.shape[-1]), kept])
+
+
+def _generator(name: str, device: torch.device) -> torch.Generator:
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+    return torch.Generator(device).manual_seed(number)

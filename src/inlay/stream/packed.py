@@ -17,7 +17,7 @@ from .prefixes import Prefixes
 from .route import Blend
 from .stack import Stack
 
-__all__ = ["PackedCall"]
+__all__ = ["PackedCall", "checked_places"]
 
 
 @dataclass
@@ -71,20 +71,27 @@ class _Put(torch.autograd.Function):
 
 
 class PackedCall(Call):
-    """Segments of `lengths` tokens, each with its blend, its virtual tokens in front and its prefix keys."""
+    """Segments of `lengths` tokens, each with its blend, its virtual tokens before token `places[i]`, its prefix keys.
+
+    With `writes`, the state that a segment's token before its virtual ones hands on is that of the last virtual one.
+    """
 
     attends = True
 
     def __init__(
         self, owner: object, blends: Sequence[Blend], lengths: Sequence[int], stack: Stack, virtual: Sequence[int],
-        prefixes: Prefixes, values: Callable[[Blend], Tensor | None],
+        prefixes: Prefixes, values: Callable[[Blend], Tensor | None], places: Sequence[int] | None = None,
+        writes: bool = True,
     ) -> None:  # fmt: skip
+        self.places = checked_places(places, lengths)
+        self.writes = writes
         self.lengths = [length + v for length, v in zip(lengths, virtual, strict=True)]
         super().__init__(owner, Portions(blends, self.lengths))
         self.blends, self.stack, self.prefixes, self._values = list(blends), stack, prefixes, values
         self.virtual = list(virtual)
         self.starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
-        self._real = torch.cat([torch.arange(n) >= v for n, v in zip(self.lengths, virtual, strict=True)])
+        spans = zip(self.lengths, self.places, virtual, strict=True)
+        self._real = torch.cat([_outside(torch.arange(n), at, v) for n, at, v in spans])
         self._blocks = [self._block(units) for units in _like_lengths(self.lengths)]
         self.home = self._homes()
         self._filled = not any(virtual)
@@ -146,7 +153,18 @@ class PackedCall(Call):
 
     def narrow(self, states: Tensor) -> Tensor:
         """(1, T', ...) states without the virtual tokens."""
-        return states if not any(self.virtual) else states[:, self._real.nonzero()[:, 0]]
+        if not any(self.virtual):
+            return states
+        kept = self._real.nonzero()[:, 0]
+        for start, at, virtual in zip(self.starts, self.places, self.virtual, strict=True):
+            if self.writes and at and virtual:
+                kept[kept == start + at - 1] = start + at + virtual - 1
+        return states[:, kept]
+
+    def own_tokens(self, embedded: Tensor) -> list[tuple[int, Tensor]]:
+        """For each segment, the row that it is in (0) and the indices of its own tokens."""
+        sizes = [n - v for n, v in zip(self.lengths, self.virtual, strict=True)]
+        return [(0, index) for index in self._real.nonzero()[:, 0].split(sizes)]
 
     # ---- attention
 
@@ -217,6 +235,20 @@ class PackedCall(Call):
         flat = torch.cat([block.index.reshape(-1) for block in self._blocks])
         real = torch.cat([block.real.reshape(-1) for block in self._blocks]).nonzero()[:, 0]
         return torch.empty(len(real), dtype=torch.long).scatter_(0, flat[real], real)
+
+
+def checked_places(places: Sequence[int] | None, lengths: Sequence[int]) -> list[int]:
+    """Where virtual tokens go in each row or segment; its beginning where nobody says. Raises: UsageError."""
+    if places is None:
+        return [0] * len(lengths)
+    for place, length in zip(places, lengths, strict=True):
+        if not 0 <= place <= length:
+            raise UsageError(f"place {place} lies outside of a row of {length} tokens", "Count the row's own tokens.")
+    return list(places)
+
+
+def _outside(index: Tensor, start: int, width: int) -> Tensor:
+    return (index < start) | (index >= start + width)
 
 
 class _Own(torch.autograd.Function):

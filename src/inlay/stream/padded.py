@@ -23,17 +23,21 @@ __all__ = ["PaddedCall", "columns"]
 class PaddedCall(Call):
     """B rows of L columns, widened by the longest run of virtual tokens.
 
-    `virtual` and `shift` hold, for each row, the number of virtual tokens and what positions are moved by.
+    `virtual` and `places` hold, for each row, the number of virtual tokens and before which of its own they stand.
+    With `writes`, the state that the token before them hands on is that of the last virtual one.
     """
 
     def __init__(
         self, owner: object, blends: Sequence[Blend], stack: Stack, virtual: Sequence[int], prefixes: Prefixes,
         values: Callable[[Blend], Tensor | None], by_cache: bool = False, continued: bool = False,
+        places: Sequence[int] | None = None, writes: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(owner, Portions(blends))
         self.blends, self.stack, self.prefixes, self._values = list(blends), stack, prefixes, values
         self.by_cache = by_cache and prefixes.longest > 0
         self.virtual = torch.tensor(virtual)
+        self.places = torch.tensor([0] * len(blends) if places is None else list(places))
+        self.writes = writes
         self.widest = max(virtual, default=0)
         self.uneven = len(set(virtual)) > 1
         self.attends = (prefixes.longest > 0 and not by_cache) or self.uneven
@@ -63,7 +67,7 @@ class PaddedCall(Call):
         rows, length = inputs.shape[:2]
         past, extra = self._past(given.get(self.stack.cache))
         real = past - extra
-        self.virtual = self.virtual.to(inputs.device)
+        self.virtual, self.places = self.virtual.to(inputs.device), self.places.to(inputs.device)
         whole = inputs.new_ones(rows, real + length, dtype=torch.long) if mask is None else mask.long()
         self._lay_out(whole, inputs.device)
         given = self._positioned(given, ids, whole, real, length)
@@ -84,13 +88,15 @@ class PaddedCall(Call):
 
     def _lay_out(self, mask: Tensor, device: torch.device) -> None:
         first, width = mask.argmax(1), self.widest
+        if bool(((self.places < 0) | (self.places > mask.sum(1))).any()):
+            raise UsageError(f"places {self.places.tolist()} lie outside of their rows", "Count the rows' own tokens.")
         if self.stack.part == "encoder":
             return self._lay_out_encoder(first, mask.shape[1])
         self.lead = first + width - self.virtual
         if not width:
             return
         column = torch.arange(width + mask.shape[1], device=device)[None]
-        start, end = self.lead[:, None], (first + width)[:, None]
+        start, end = (self.lead + self.places)[:, None], (first + self.places + width)[:, None]
         source = torch.where(column < end, column - (width - self.virtual)[:, None], column - width)
         source = torch.where(column < (width - self.virtual)[:, None], -1, source)
         self.source = torch.where((column >= start) & (column < end), start - column - 2, source)
@@ -100,6 +106,7 @@ class PaddedCall(Call):
         self.lead = first
         if self.widest:
             column = torch.arange(self.widest + length, device=first.device)[None]
+            first = first + self.places
             start, end = first[:, None], (first + self.virtual)[:, None]
             source = torch.where(column < start, column, column - self.virtual[:, None])
             source = torch.where(column >= length + self.virtual[:, None], -1, source)
@@ -124,10 +131,12 @@ class PaddedCall(Call):
             positions = torch.where(moved > 0, self.stack.real_positions(mask, real), plain)
         positions = positions.expand(len(self.blends), length) + moved
         if self.widest and not real and self.source is not None:
-            # Virtual token j of a row stands at its first real position - n + j.
+            # Tokens before the virtual ones are not moved by them, and virtual token j follows those by j.
+            virtual, places = self.virtual[:, None], self.places[:, None]
             first = positions.gather(1, mask.argmax(1, keepdim=True))
+            positions = torch.where(mask.cumsum(1) > places, positions, positions - virtual)
             wide = self._widened(positions, 0, self.stack.first)
-            own = first - self.virtual[:, None] - 2 - self.source
+            own = first - virtual + places - 2 - self.source
             positions = torch.where(self.source < -1, own, wide)
         return {**given, "position_ids": positions}
 
@@ -179,8 +188,18 @@ class PaddedCall(Call):
         if self.source is None or states.shape[1] != self.source.shape[1]:
             return states
         kept = (self.source >= 0).nonzero()[:, 1].view(states.shape[0], -1)
+        if self.writes and self.stack.part != "encoder":
+            end = (self.lead + self.places + self.virtual - 1)[:, None]
+            before = kept == (self.lead + self.places - 1)[:, None]
+            kept = torch.where(before & ((self.places > 0) & (self.virtual > 0))[:, None], end, kept)
         index = kept.view(*kept.shape, *([1] * (states.ndim - 2))).expand(-1, -1, *states.shape[2:])
         return states.gather(1, index)
+
+    def own_tokens(self, embedded: Tensor) -> list[tuple[int, Tensor]]:
+        """For each row, its number and the columns of its own tokens, with the padding behind them."""
+        if self.source is None:
+            return [(row, torch.arange(embedded.shape[1])) for row in range(len(self.blends))]
+        return [(row, (source >= 0).nonzero()[:, 0]) for row, source in enumerate(self.source)]
 
     def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
         base = self._kept_busy(plain(**{**call, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}))
