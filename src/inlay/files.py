@@ -12,6 +12,16 @@ from typing import Any
 __all__ = ["flush_folder", "write_json", "write_text", "written_beside"]
 
 
+def _umask() -> int:
+    """Asked for once, when no other thread is about: asking changes it for a moment."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _umask()
+
+
 def flush_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut (no-op where folders cannot be opened)."""
     try:
@@ -32,6 +42,7 @@ def written_beside(path: str | Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
+        os.chmod(beside, 0o666 & ~UMASK)  # some writers keep what they write to themselves
         with open(beside, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(beside, path)

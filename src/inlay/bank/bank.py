@@ -28,6 +28,7 @@ from .adapter import Adapter
 from .applying import SiteHooks
 from .calls import CallHooks, Route
 from .packing import ignores_padding, keeps_apart
+from .recompute import recomputing
 from .tying import untie
 
 __all__ = ["Bank", "attach"]
@@ -185,6 +186,15 @@ class Bank:
     def packs(self) -> bool:
         """Whether segments of a packed row stay apart in this base: found out by comparing two tiny ones."""
         return keeps_apart(self)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Gradient checkpointing for the forwards and backwards inside: less memory, more time, the same gradients.
+
+        Raises: UsageError where the base has none.
+        """
+        with recomputing(self.model):
+            yield
 
     @contextmanager
     def _in_force(self, route: Route) -> Iterator[None]:

@@ -26,6 +26,8 @@ from inlay.stream.prefixes import KeysValues, Prefixes
 from inlay.stream.route import Blend
 from inlay.stream.stack import Stack, describe
 
+from .recompute import asleep
+
 __all__ = ["CallHooks", "Lookup", "Route"]
 
 
@@ -68,7 +70,7 @@ class CallHooks:
         self._open: list[tuple[nn.Module, ExitStack]] = []
         self._caches: WeakKeyDictionary[Any, list[Blend]] = WeakKeyDictionary()
         self._checkpointed = [m for m in base.model.modules() if hasattr(m, "gradient_checkpointing")]
-        self._rebound: list[tuple[nn.Module, Any]] = []
+        self._rebound: dict[nn.Module, Any] = {}
         self.handles: list[RemovableHandle] = []
         for stack in self.stacks:
             self.handles += [
@@ -83,7 +85,7 @@ class CallHooks:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        for module, original in self._rebound:
+        for module, original in self._rebound.items():
             module._gradient_checkpointing_func = original  # pyright: ignore[reportArgumentType]
 
     # ---- before, inside and after a stack
@@ -238,7 +240,7 @@ class CallHooks:
             original = module.__dict__.get("_gradient_checkpointing_func")
             if original is not None and not hasattr(original, "bound_by_inlay"):
                 module._gradient_checkpointing_func = _Rebound(original, self)  # pyright: ignore
-                self._rebound.append((module, original))
+                self._rebound[module] = original
 
     @contextmanager
     def again(self, call: Any) -> Iterator[None]:
@@ -262,7 +264,7 @@ class _Rebound:
         call = current()
 
         def run(*inner: Any, **named: Any) -> Any:
-            with self.hooks.again(call):
+            with self.hooks.again(call), asleep(function):
                 return function(*inner, **named)
 
         return self.original(run, *args, **kwargs)

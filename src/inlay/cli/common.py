@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,13 +35,15 @@ def guarded() -> Iterator[None]:
     """Turn what went wrong into one line on stderr and an exit code: 1 failed, 2 wrong use, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except InlayError as error:
         _say(str(error))
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        _say("interrupted")
+    except KeyboardInterrupt as stopped:
+        _say(f"interrupted. {stopped}" if str(stopped) else "interrupted")
         raise typer.Exit(130) from None
     except MemoryError:
         _say("out of memory. Lower --tokens-at-once or --max-length")
@@ -47,6 +51,10 @@ def guarded() -> Iterator[None]:
     except OSError as error:
         _say(f"{error.strerror or error}: {error.filename or ''}")
         raise typer.Exit(1) from None
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _say(line: str) -> None:

@@ -23,6 +23,7 @@ class Example:
     learned: tuple[bool, ...]
     sample: int
     cut: int = 0
+    place: int = 0
 
 
 @dataclass(frozen=True)

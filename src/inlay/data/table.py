@@ -82,14 +82,20 @@ def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
     return sorted(rows, key=lambda row: (hashlib.sha256(key + row.digest).digest(), row.number))
 
 
-def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out, by a hash of the content: equal rows are always on one side."""
+def split(
+    rows: Sequence[Row], share: float, content: Callable[[Row], str] | None = None
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out, by a hash of the content: rows of equal content are always on one side.
+
+    `content` says what of a row counts; all of it, where nobody does.
+    """
     if not 0 <= share < 1:
         raise UsageError(f"the held-out share is {share}", "Give a number from 0 to below 1, or a file.")
     limit = int(share * 2**32)
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
-        sides[int.from_bytes(row.digest[:4], "little") < limit].append(row)
+        digest = row.digest if content is None else hashlib.sha256(content(row).encode("utf8", "replace")).digest()
+        sides[int.from_bytes(digest[:4], "little") < limit].append(row)
     return sides
 
 

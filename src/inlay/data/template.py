@@ -62,6 +62,11 @@ class Template:
         except (KeyError, IndexError) as error:
             raise DataError(f"{row.where} has no column {error}, which the template names", "Check it.") from None
 
+    def content_of(self, row: Row) -> str:
+        """What rows must not share across the held-out split: for labels the words to judge, else all words."""
+        prompt = self.prompt_of(row)
+        return prompt if self.kind == "label" else f"{prompt}\0{row.values.get(self.answer)}"
+
     def label_of(self, row: Row) -> str:
         """The row's label. Raises: DataError where the verbalizer has no words for it."""
         label = str(row.values.get(self.answer, "")).strip()

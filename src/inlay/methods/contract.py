@@ -73,6 +73,10 @@ class Method(ABC):
         """
         raise UsageError(f"{self.title} cannot be merged into the base", "Keep the adapter beside the base.")
 
+    def rate(self, site: Site | None, key: str) -> float:
+        """By what the learning rate is multiplied for the parameter `key` of `site` (None: a shared one)."""
+        return 1.0
+
     # ---- attention and embedding sites: parameters that the sites of one adapter share
 
     @property

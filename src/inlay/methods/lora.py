@@ -3,7 +3,8 @@
     y = W x + s B A x        s = alpha / r, or alpha / sqrt(r) with rank-stabilised scaling
 
 Papers: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685);
-Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732).
+Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732);
+Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models" (arXiv:2402.12354).
 
 Shapes: A is (r, in), B is (out, r). On an embedding `in` counts the rows of the table, and A's columns are looked up.
 """
@@ -34,7 +35,8 @@ class LoRA(Method):
     `r` is the rank and `alpha` the scale (2r where None); `targets` are module names, groups or a regular expression,
     `layers` restricts them to some blocks; `rank_pattern` and `alpha_pattern` map a name or regular expression over
     the end of a module's path to its own r or alpha; `use_rslora` divides by sqrt(r);
-    `dropout` is the share of x's entries that the low-rank branch does not see in training.
+    `dropout` is the share of x's entries that the low-rank branch does not see in training; `loraplus_lr_ratio` is
+    by how much faster B learns than A (LoRA+; 16 in its paper, with a lower learning rate than usual).
     """
 
     title = "LoRA"
@@ -49,6 +51,7 @@ class LoRA(Method):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     dropout: float = 0.0
+    loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
@@ -56,6 +59,8 @@ class LoRA(Method):
                 raise UsageError(f"LoRA's rank r is {r}", "Choose 1 or more; 8 is usual.")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"LoRA's dropout is {self.dropout}", "Choose 0 or more and less than 1.")
+        if self.loraplus_lr_ratio <= 0:
+            raise UsageError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}", "Choose 1 or more; 16 is usual.")
 
     def sites(self, base: Structure) -> list[Site]:
         return select_projections(base, self.targets, self.layers)
@@ -67,6 +72,9 @@ class LoRA(Method):
         r = self.rank(site)
         default = 2 * self.r if self.alpha is None else self.alpha
         return _patterned(self.alpha_pattern, site.path, default) / (math.sqrt(r) if self.use_rslora else r)
+
+    def rate(self, site: Site | None, key: str) -> float:
+        return self.loraplus_lr_ratio if key == "B" and site is not None and not site.is_embedding else 1.0
 
     def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         r = self.rank(site)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from inlay.bank.adapter import Adapter
 from inlay.data.encode import Example
-from inlay.errors import UsageError
+from inlay.errors import FormatError, UsageError
 from inlay.methods.contract import Method
 
+from .optimizers import make_optimizer
+
 __all__ = ["Contender", "Plan"]
+
+SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,9 @@ class Plan:
     """How an adapter is trained: `batch_size` rows an optimizer step, for `steps` steps or `epochs` passes.
 
     The learning rate `lr` grows over the share `warmup` of the steps and then follows `schedule` (linear, cosine,
-    constant); `clip` bounds the norm of its gradient; `stop_after` ends it early without changing its schedule.
+    constant; linear where None, constant for schedule-free optimizers); `clip` bounds the norm of its gradient;
+    `neftune_alpha` shakes embeddings (arXiv:2310.05914), `label_smoothing` spreads that share of each target over the
+    vocabulary; `stop_after` ends it early without changing its schedule.
     """
 
     name: str
@@ -30,18 +40,27 @@ class Plan:
     epochs: float = 1.0
     steps: int | None = None
     warmup: float = 0.0
-    schedule: str = "linear"
+    schedule: str | None = None
+    optimizer: str = "adamw"
     weight_decay: float = 0.0
     clip: float = 1.0
+    neftune_alpha: float = 0.0
+    label_smoothing: float = 0.0
     seed: int = 0
     stop_after: int | None = None
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("linear", "cosine", "constant"):
+        if self.schedule not in (None, *SCHEDULES):
             raise UsageError(f"schedule {self.schedule!r} is not known", "Choose linear, cosine or constant.")
         for name in ("lr", "batch_size", "epochs", "clip"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}", "Give a number above 0.")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}", "Give a share from 0 to below 1.")
+        for name in ("weight_decay", "neftune_alpha"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}", "Give 0 or more.")
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"steps is {self.steps}", "Give 1 or more.")
 
@@ -49,24 +68,43 @@ class Plan:
 class Contender:
     """The state of one adapter in training: optimizer, schedule, sampler, counts, and why it stopped."""
 
-    def __init__(self, plan: Plan, parameters: Sequence[nn.Parameter], rows: int) -> None:
-        from transformers import get_scheduler
-
-        self.plan, self.parameters = plan, list(parameters)
+    def __init__(self, plan: Plan, adapter: Adapter, rows: int) -> None:
+        self.plan, self.adapter = plan, adapter
+        self.parameters: list[nn.Parameter] = list(adapter.parameters())
         self.batches = -(-rows // plan.batch_size)
         self.total = plan.steps or max(1, round(plan.epochs * self.batches))
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-        self.schedule = get_scheduler(
-            plan.schedule, self.optimizer, num_warmup_steps=int(plan.warmup * self.total), num_training_steps=self.total
-        )
+        self.optimizer = make_optimizer(plan.optimizer, self._groups(), plan.lr, plan.weight_decay)
+        self.schedule = self._schedule()
         self.rows, self.step, self.tokens = rows, 0, 0
         self.stopped = ""
+        self.suspects: list[int] = []
         self.loss = float("nan")
         self.norm = float("nan")
 
     @property
     def live(self) -> bool:
         return not self.stopped
+
+    @property
+    def diverged(self) -> bool:
+        return self.stopped.startswith("diverged")
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by the learning rate that their method gives them (LoRA+ for one)."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for path, values in self.adapter.params.items():
+            for key, parameter in values.items():
+                groups.setdefault(self.plan.method.rate(self.adapter.sites.get(path), key), []).append(parameter)
+        return [{"params": params, "lr": self.plan.lr * rate} for rate, params in groups.items()]
+
+    def _schedule(self) -> Any:
+        from transformers import get_scheduler
+
+        plan = self.plan
+        name = plan.schedule or ("constant" if hasattr(self.optimizer, "eval") else "linear")
+        name = "constant_with_warmup" if name == "constant" else name
+        warm = int(plan.warmup * self.total)
+        return get_scheduler(name, self.optimizer, num_warmup_steps=warm, num_training_steps=self.total)
 
     def batch(self, examples: Sequence[Example]) -> list[Example]:
         """The rows of the next step: each pass is a permutation drawn from the contender's own seed."""
@@ -76,20 +114,74 @@ class Contender:
         size = self.plan.batch_size
         return [examples[i] for i in order[number * size : (number + 1) * size]]
 
-    def update(self, loss: float, tokens: int) -> None:
-        """Take the step that the gradients say; a loss or gradient that is no number stops this contender alone."""
+    def update(self, loss: float, tokens: int, suspects: Sequence[int] = ()) -> None:
+        """Take the step that the gradients say; a loss or gradient that is no number stops this contender alone.
+
+        `suspects` are the samples whose own loss is none.
+        """
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.plan.clip))
         self.loss, self.norm = loss, norm
-        if norm != norm or abs(norm) == float("inf") or loss != loss:
+        if not math.isfinite(norm) or not math.isfinite(loss):
             self.stopped = f"diverged at step {self.step + 1}"
-            self.optimizer.zero_grad()
+            self.suspects = list(suspects)
+            self.forget_gradients()
             return
         self.optimizer.step()
         self.schedule.step()
-        self.optimizer.zero_grad()
+        self.forget_gradients()
         self.step += 1
         self.tokens += tokens
         if self.step >= self.total:
             self.stopped = "done"
         elif self.plan.stop_after is not None and self.step >= self.plan.stop_after:
             self.stopped = "stopped early"
+
+    def forget_gradients(self) -> None:
+        self.optimizer.zero_grad()
+
+    # ---- what it has learned, and everything it needs to go on
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Parameters as they are to be used, which for a schedule-free optimizer are not those that it trains."""
+        optimizer: Any = self.optimizer
+        if not hasattr(optimizer, "eval") or not self.step:
+            yield
+            return
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+
+    def values(self) -> dict[str, Tensor]:
+        """A copy of the parameters, by the path of their site and their name."""
+        found = ((f"{path}:{key}", p) for path, own in self.adapter.params.items() for key, p in own.items())
+        return {name: p.detach().clone() for name, p in found}
+
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """The inverse of `values`. Raises: FormatError where they are another adapter's."""
+        own = {f"{path}:{key}": p for path, ps in self.adapter.params.items() for key, p in ps.items()}
+        if {n: p.shape for n, p in own.items()} != {n: v.shape for n, v in values.items()}:
+            raise FormatError(f"the kept parameters are not those of {self.plan.name!r}", "Start the run afresh.")
+        for name, parameter in own.items():
+            parameter.copy_(values[name])
+
+    def state(self) -> dict[str, Any]:
+        counts = {"step": self.step, "tokens": self.tokens, "stopped": self.stopped, "suspects": self.suspects}
+        return {
+            "parameters": self.values(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "loss": self.loss,
+            "norm": self.norm,
+            **counts,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.put(state["parameters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for name in ("step", "tokens", "stopped", "suspects", "loss", "norm"):
+            setattr(self, name, state[name])

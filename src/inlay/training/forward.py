@@ -1,4 +1,4 @@
-"""One forward over segments of many adapters: the loss of each on its own learned tokens."""
+"""One forward over segments of many adapters: the logits of each at its own learned tokens."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from torch.nn import functional as F
 from inlay.bank.bank import Bank
 from inlay.data.encode import Example
 from inlay.errors import UsageError
-from inlay.stream.noise import Noise
+from inlay.stream.noise import Noise, Shake
 from inlay.stream.route import RowSpec
+
+from .memory import Room
 
 __all__ = ["Segment", "batches", "check_trainable", "scored", "token_losses"]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """An example, and the adapters it goes through."""
+    """An example, and the adapters it goes through; in training, how its loss and its embeddings are disturbed."""
 
     route: RowSpec
     example: Example
+    smoothing: float = 0.0
+    neftune: float = 0.0
+    seed: int = 0
 
 
 def check_trainable(bank: Bank) -> None:
@@ -34,17 +39,19 @@ def check_trainable(bank: Bank) -> None:
         raise UsageError(f"{type(bank.model).__name__} does not write text", "Choose a causal or encoder-decoder base.")
 
 
-def batches(segments: Sequence[Segment], budget: int) -> list[list[Segment]]:
-    """Segments in groups of at most `budget` tokens (one at least), in their order."""
+def batches(segments: Sequence[Segment], room: Room) -> list[list[Segment]]:
+    """Segments in groups of at most `room.tokens` tokens (one segment at least), in their order."""
     groups: list[list[Segment]] = []
-    room = 0
+    left = 0
     for segment in segments:
         size = len(segment.example.ids)
-        if not groups or size > room:
+        if not groups or size > left:
             groups.append([])
-            room = budget
+            left = room.tokens
         groups[-1].append(segment)
-        room -= size
+        left -= size
+    largest = max(groups, key=lambda group: sum(len(s.example.ids) for s in group), default=[])
+    room.largest = sum(len(s.example.ids) for s in largest), max(map(len, groups), default=0)
     return groups
 
 
@@ -55,15 +62,33 @@ def token_losses(bank: Bank, segments: Sequence[Segment], step: int | None = Non
     """
     logits, labels, counts = scored(bank, segments, step)
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return list(F.cross_entropy(wide, labels, reduction="none").split(counts))
+    losses: list[Tensor] = list(F.cross_entropy(wide, labels, reduction="none").split(counts))
+    if any(segment.smoothing for segment in segments):
+        rest = (-wide.log_softmax(-1).mean(-1)).split(counts)
+        shares = [segment.smoothing for segment in segments]
+        losses = [own + e * (other - own) for e, own, other in zip(shares, losses, rest, strict=True)]
+    return losses
 
 
 def scored(bank: Bank, segments: Sequence[Segment], step: int | None = None) -> Scored:
     """The logits that predict each segment's learned tokens; see `token_losses`."""
-    noise = None if step is None else Noise(step, [segment.example.sample for segment in segments])
+    noise = None if step is None else _noise(bank, segments, step)
     if bank.packs:
         return _packed(bank, segments, noise)
     return _encoded(bank, segments, noise) if len(bank.base.stacks) == 2 else _padded(bank, segments, noise)
+
+
+def _noise(bank: Bank, segments: Sequence[Segment], step: int) -> Noise:
+    shakes: list[Shake | None] = []
+    if any(segment.neftune for segment in segments):
+        sizes = [_read(segment) if len(bank.base.stacks) == 2 else len(segment.example.ids) for segment in segments]
+        shakes = [Shake(s.seed, s.neftune, n) if s.neftune else None for s, n in zip(segments, sizes, strict=True)]
+    return Noise(step, [segment.example.sample for segment in segments], shakes)
+
+
+def _read(segment: Segment) -> int:
+    """The tokens that an encoder reads: those before the first learned one."""
+    return segment.example.learned.index(True)
 
 
 Scored = tuple[Tensor, Tensor, list[int]]
@@ -83,7 +108,7 @@ def _packed(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Sco
     device = model.device
     index = torch.tensor(places, device=device)
     lengths = [(segment.route, len(segment.example.ids)) for segment in segments]
-    with bank.stream(lengths, kept=counts, noise=noise):
+    with bank.stream(lengths, kept=counts, noise=noise, places=_places(segments)):
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             logits = model(input_ids=torch.tensor([ids], device=device), logits_to_keep=index).logits[0]
         else:
@@ -101,7 +126,7 @@ def _padded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Sco
         places += [n - 1 for n in own]
         labels += [segment.example.ids[n] for n in own]
         counts.append(len(own))
-    with bank.route([segment.route for segment in segments], noise=noise):
+    with bank.route([segment.route for segment in segments], noise=noise, places=_places(segments)):
         logits = model(input_ids=ids, attention_mask=mask).logits
     return logits[rows, places], torch.tensor(labels, device=model.device), counts
 
@@ -109,17 +134,21 @@ def _padded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Sco
 def _encoded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Scored:
     """The encoder reads what stands before the first learned token, the decoder writes the rest."""
     model: Any = bank.model
-    heads = [segment.example.learned.index(True) for segment in segments]
+    heads = [_read(segment) for segment in segments]
     asked = [segment.example.ids[:head] for segment, head in zip(segments, heads, strict=True)]
     answers = [segment.example.ids[head:] for segment, head in zip(segments, heads, strict=True)]
     ids, mask = _rows(asked, model.device)
     start = model.config.decoder_start_token_id
     decoder, _ = _rows([(start, *answer[:-1]) for answer in answers], model.device)
-    with bank.route([segment.route for segment in segments], noise=noise):
+    with bank.route([segment.route for segment in segments], noise=noise, places=_places(segments)):
         logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder).logits
     pieces = [row[: len(answer)] for row, answer in zip(logits, answers, strict=True)]
     labels = torch.tensor([token for answer in answers for token in answer], device=model.device)
     return torch.cat(pieces), labels, [len(answer) for answer in answers]
+
+
+def _places(segments: Sequence[Segment]) -> list[int]:
+    return [segment.example.place for segment in segments]
 
 
 def _rows(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

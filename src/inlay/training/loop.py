@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,8 +14,9 @@ from inlay.data.encode import Example
 
 from .contender import Contender, Plan
 from .forward import Segment, batches, check_trainable, token_losses
+from .memory import Room, within
 
-__all__ = ["train"]
+__all__ = ["enter", "go_on", "train"]
 
 OnStep = Callable[[list[Contender]], None]
 
@@ -24,46 +27,87 @@ def train(
     examples: Sequence[Example],
     tokens_at_once: int = 4096,
     on_step: OnStep | None = None,
+    recompute: bool = False,
 ) -> list[Contender]:
     """Add an adapter for each plan and train all of them together on `examples`.
 
     Each contender equals what it would be alone: its own sampler, dropout, optimizer, schedule, clipping and stop; its
     loss is the sum over its own learned tokens of the step by their number. A step of more than `tokens_at_once`
-    tokens is taken in several forwards with the same gradients. `on_step` sees the contenders after every step.
+    tokens is taken in several forwards with the same gradients; `recompute` saves memory by computing each block again
+    in the backward (gradient checkpointing). `on_step` sees the contenders after every step.
     """
-    check_trainable(bank)
-    for plan in plans:
-        bank.add(plan.name, plan.method, seed=plan.seed)
-    contenders = [Contender(plan, list(bank.parameters(plan.name)), len(examples)) for plan in plans]
-    bank.model.eval()  # the base is frozen, and its own dropout would tie contenders to one another
-    while live := [contender for contender in contenders if contender.live]:
-        _step(bank, live, examples, tokens_at_once)
-        if on_step is not None:
-            on_step(contenders)
+    contenders = enter(bank, plans, len(examples))
+    go_on(bank, contenders, examples, Room(tokens_at_once, device=bank.model.device), on_step, recompute)  # pyright: ignore
     return contenders
 
 
-def _step(bank: Bank, live: list[Contender], examples: Sequence[Example], tokens_at_once: int) -> None:
+def enter(bank: Bank, plans: Sequence[Plan], rows: int) -> list[Contender]:
+    """Add an adapter for each plan. Raises: UsageError where the base or a method cannot be trained so."""
+    check_trainable(bank)
+    adapters = [bank.add(plan.name, plan.method, seed=plan.seed) for plan in plans]
+    return [Contender(plan, adapter, rows) for plan, adapter in zip(plans, adapters, strict=True)]
+
+
+def go_on(
+    bank: Bank,
+    contenders: list[Contender],
+    examples: Sequence[Example],
+    room: Room,
+    on_step: OnStep | None = None,
+    recompute: bool = False,
+) -> None:
+    """Train `contenders` from where they are until each has stopped."""
+    bank.model.eval()  # the base is frozen, and its own dropout would tie contenders to one another
+    while live := [contender for contender in contenders if contender.live]:
+        with bank.recomputing() if recompute else nullcontext():
+            _step(bank, live, examples, room)
+        if on_step is not None:
+            on_step(contenders)
+
+
+def _step(bank: Bank, live: list[Contender], examples: Sequence[Example], room: Room) -> None:
     drawn = {contender.plan.name: contender.batch(examples) for contender in live}
     learned = {name: sum(sum(e.learned[1:]) for e in batch) for name, batch in drawn.items()}
-    losses = dict.fromkeys(drawn, 0.0)
-    # Contenders of different ages draw different dropout masks; a stream of one age is the usual case.
-    for step in sorted({contender.step for contender in live}):
-        segments = [Segment(c.plan.name, e) for c in live if c.step == step for e in drawn[c.plan.name]]
-        for group in batches(segments, tokens_at_once):
-            for name, value in _backward(bank, group, learned, step).items():
-                losses[name] += value
+
+    def forget() -> None:
+        for contender in live:
+            contender.forget_gradients()
+
+    where = f"step {min(contender.step for contender in live) + 1}"
+    sums, suspects = within(room, where, lambda: _gradients(bank, live, drawn, learned, room), forget)
     for contender in live:
         name = contender.plan.name
-        contender.update(losses[name], sum(len(e.ids) for e in drawn[name]))
+        contender.update(sums[name], sum(len(e.ids) for e in drawn[name]), suspects[name])
 
 
-def _backward(bank: Bank, group: list[Segment], learned: dict[str, int], step: int) -> dict[str, float]:
+def _gradients(
+    bank: Bank, live: list[Contender], drawn: dict[str, list[Example]], learned: dict[str, int], room: Room
+) -> tuple[dict[str, float], dict[str, list[int]]]:
+    """Fill the gradients of one step; returns each contender's mean loss, and its samples whose loss is no number."""
+    means, suspects = dict.fromkeys(drawn, 0.0), {name: [] for name in drawn}
+    # Contenders of different ages draw different dropout masks; a stream of one age is the usual case.
+    for step in sorted({contender.step for contender in live}):
+        segments = [
+            Segment(c.plan.name, e, c.plan.label_smoothing, c.plan.neftune_alpha, c.plan.seed)
+            for c in live if c.step == step for e in drawn[c.plan.name]
+        ]  # fmt: skip
+        for group in batches(segments, room):
+            losses = token_losses(bank, group, step)
+            room.check()
+            for name, value in _backward(group, losses, learned).items():
+                means[name] += value
+            for segment, own in zip(group, losses, strict=True):
+                if not math.isfinite(means[str(segment.route)]) and not bool(own.detach().isfinite().all()):
+                    suspects[str(segment.route)].append(segment.example.sample)
+    return means, suspects
+
+
+def _backward(group: list[Segment], losses: list[Tensor], learned: dict[str, int]) -> dict[str, float]:
     """Gradients of a group's share in each contender's mean loss; returns those shares."""
     sums: dict[str, Tensor] = {}
-    for segment, losses in zip(group, token_losses(bank, group, step), strict=True):
+    for segment, own in zip(group, losses, strict=True):
         name = str(segment.route)
-        own = losses.sum() / learned[name]
-        sums[name] = sums[name] + own if name in sums else own
+        share = own.sum() / learned[name]
+        sums[name] = sums[name] + share if name in sums else share
     torch.stack(list(sums.values())).sum().backward()
     return {name: float(value.detach()) for name, value in sums.items()}

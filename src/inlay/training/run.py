@@ -3,189 +3,250 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
-import resource
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import inlay
 from inlay.bank.bank import Bank
 from inlay.bases.load import Base, load_base
 from inlay.data.encode import Encoder, Prepared
-from inlay.data.table import Row, read_table, shuffled, split
-from inlay.data.template import Columns, Template, choose_template, parse_verbalizer
-from inlay.errors import UsageError
-from inlay.evaluation.score import evaluate
+from inlay.errors import InlayError, UsageError
+from inlay.evaluation.score import Judged, judge, metrics_of
 from inlay.files import write_json
-from inlay.methods.contract import Method
-from inlay.methods.table import METHODS
 
-from .contender import Contender, Plan
-from .forward import check_trainable
-from .loop import train
+from .contender import Contender
+from .estimate import estimate_mb
+from .folder import RunFolder
+from .loop import enter
+from .material import Material, gather, lengths
+from .memory import Room, parse_size, peak_memory_mb
+from .samples import samples
+from .session import Session
+from .settings import Settings, differences, make_method, plan_of
+from .story import write_pages
+from .trackers import Tracker
+from .watch import Watch
 
 __all__ = ["Settings", "make_method", "peak_memory_mb", "run"]
 
-HELDOUT_ROWS = 500
-"""Rows at most that a share of the data is scored on; a held-out file is scored whole."""
+EVALUATIONS = 4
+"""In a run where nobody says how often; they take about a tenth of its time."""
+
+Say = Callable[[str], None]
+OnStep = Callable[[Contender, int], None]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything a run depends on, by the names of the command's flags."""
-
-    base: str
-    data: Sequence[str]
-    out: str
-    method: str = "lora"
-    set: Mapping[str, Any] = field(default_factory=dict)
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 16
-    lr: float = 1e-3
-    schedule: str = "linear"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    max_length: int = 512
-    dtype: str = "auto"
-    device: str | None = None
-    seed: int = 0
-    limit: int | None = None
-    heldout: str = "0.05"
-    template: str | None = None
-    verbalizer: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    tokens_at_once: int = 4096
-
-
-def run(settings: Settings, on_step: Callable[[Contender, int], None] | None = None) -> dict[str, Any]:
+def run(settings: Settings, on_step: OnStep | None = None, say: Say | None = None) -> dict[str, Any]:
     """Train one adapter and return what `train --json` prints; the folder `settings.out` holds the rest.
 
-    Raises: UsageError, DataError or FormatError before any training where the settings, the data or the base are wrong.
+    `say` (stderr where it is None) hears what people should know. Raises: UsageError, DataError or FormatError before
+    any training where the settings, the data or the base are wrong; KeyboardInterrupt where the run was asked to stop,
+    when everything that `resume` needs is on the disk.
     """
-    plan = _plan(settings, make_method(settings.method, settings.set))
-    out = _folder(settings.out)
-    rows, held, template = _rows(settings)
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    plan = plan_of(settings, make_method(settings.method, settings.set))
+    folder = RunFolder(settings.out)
+    folder.check(settings.resume)
+    if settings.resume and folder.story.exists() and folder.finished:
+        say(f"{folder.path} holds a finished run: there is nothing to go on with")
+        return folder.told()["result"]
+    limit = parse_size(settings.memory_limit)
+    material = gather(settings)
+    metric = _metric(settings, material)
+    if settings.resume:
+        _check_same(settings, material, folder)
     base = load_base(settings.base, settings.dtype, settings.device)
-    start = time.perf_counter()
-    encoder = Encoder(base.tokenizer, template, settings.max_length)
-    prepared = encoder.examples(rows)
     bank = inlay.attach(base.model)
     plan = dataclasses.replace(plan, method=plan.method.prepared(base.tokenizer))
-    check_trainable(bank)
+    work = _Work(settings, material, base, bank, folder, metric, say)
+    work.room = Room(settings.tokens_at_once, limit, _device(base), told=say)
     plan.method.sites(bank.base)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "metrics.jsonl", "w", encoding="utf8") as metrics:
-
-        def note(contenders: list[Contender]) -> None:
-            contender = contenders[0]
-            line = {"step": contender.step, "loss": contender.loss, "tokens": contender.tokens, "norm": contender.norm}
-            line |= {"lr": contender.schedule.get_last_lr()[0], "seconds": time.perf_counter() - start}
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-            if on_step is not None:
-                on_step(contender, contender.total)
-
-        contender = train(bank, [plan], prepared.examples, settings.tokens_at_once, note)[0]
-    seconds = time.perf_counter() - start
-    notes = {"template": template.to_dict(), "max_length": settings.max_length, "base": settings.base}
-    bank.save("adapter", out / "adapter", notes=notes)
-    scores = evaluate(bank, encoder, held, [None, "adapter"], settings.tokens_at_once) if held else {}
-    result = _result(contender, prepared, seconds, scores, out, bank)
-    write_json(out / "run.json", result | {"config": dataclasses.asdict(settings)} | _versions(base))
-    return result
+    contender = enter(bank, [plan], len(work.prepared.examples))[0]
+    tracker = Tracker(settings.track, folder.path / "track", dataclasses.asdict(settings))
+    with folder.claimed():
+        try:
+            return work.done(contender, tracker, on_step)
+        finally:
+            tracker.close()
 
 
-def make_method(name: str, values: Mapping[str, Any]) -> Method:
-    """The method called `name` with some settings. Raises: UsageError naming methods or fields there are."""
-    if name not in METHODS:
-        raise UsageError(f"no method is called {name!r}", f"Methods: {', '.join(METHODS)}.")
-    fields = {f.name for f in dataclasses.fields(METHODS[name]) if f.init}
-    for key in values:
-        if key not in fields:
-            raise UsageError(f"{name} has no setting {key!r}", f"Settings: {', '.join(sorted(fields))}.")
-    try:
-        return METHODS[name](**values)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{name} cannot be set to {dict(values)} ({error})", "Check the values.") from None
+class _Work:
+    """What the parts of a run hand to one another."""
+
+    room: Room
+
+    def __init__(
+        self, settings: Settings, material: Material, base: Base, bank: Bank, folder: RunFolder, metric: str, say: Say
+    ) -> None:
+        self.settings, self.material, self.base, self.bank = settings, material, base, bank
+        self.folder, self.metric, self.say = folder, metric, say
+        self.start = time.perf_counter()
+        self.encoder = encoder_of(base, material, settings)
+        self.prepared: Prepared = self.encoder.examples(material.rows)
+
+    def done(self, contender: Contender, tracker: Tracker, on_step: OnStep | None) -> dict[str, Any]:
+        settings, folder = self.settings, self.folder
+        self.session = self._session(contender, tracker)
+        if settings.resume and not self.session.resume(self.base.fingerprint):
+            self.say(f"{folder.path} holds no whole checkpoint: starting afresh")
+        self.estimate = estimate_mb(self.bank, contender, self.prepared.examples, self.room)
+        self._check_room()
+        write_json(folder.story, self._story("running"))
+        self.session.go(on_step, settings.gradient_checkpointing)
+        if self.session.interrupted:
+            with contender.averaged():
+                self._keep(folder.last)
+            write_json(folder.story, self._story("interrupted"))
+            raise KeyboardInterrupt(f"stopped after step {contender.step}; --resume goes on from there")
+        return self._finished(contender)
+
+    def _session(self, contender: Contender, tracker: Tracker) -> Session:
+        settings, held = self.settings, self.material.heldout
+        watch = Watch(self.metric, settings.patience)
+        every = settings.eval_every or max(1, contender.total // EVALUATIONS)
+        if settings.eval_every is None:  # held-out rows cost a forward each time
+            seen_rows = contender.total * settings.batch_size // 20
+            held = held[: max(32, seen_rows)]
+        return Session(
+            self.bank, contender, watch, self.encoder, self.prepared.examples, held, self.room, self.folder, self._keep,
+            every, settings.checkpoint_every, settings.keep_checkpoints, self.say, tracker,
+            self.start,
+        )  # fmt: skip
+
+    def _check_room(self) -> None:
+        limit = self.room.limit_mb
+        if limit is not None and self.estimate["least_mb"] > limit:
+            raise InlayError(
+                f"the base and one row take about {self.estimate['least_mb']:.0f} MB, the limit is {limit:.0f} MB",
+                "Use --dtype bfloat16, a lower --max-length, or a higher --memory-limit.",
+            )
+
+    def _keep(self, path: Path) -> None:
+        settings = self.settings
+        notes = {"template": self.encoder.template.to_dict(), "max_length": settings.max_length, "base": settings.base}
+        self.bank.save("adapter", path, notes={**notes, "virtual_tokens_at": settings.virtual_tokens_at})
+
+    def _finished(self, contender: Contender) -> dict[str, Any]:
+        """Put the best state into the adapter, write it and the last one, and say how good it is."""
+        folder, watch, seconds = self.folder, self.session.watch, self.session.seconds
+        with contender.averaged():
+            self._keep(folder.last)
+            if watch.best_step is not None:
+                contender.put(watch.best)
+            self._keep(folder.adapter)
+            held = self.material.heldout
+            judged = judge(self.bank, self.encoder, held, [None, "adapter"], self.room) if held else {}
+            result = self._result(contender, seconds, judged)
+            story = self._story(contender.stopped) | result | {"result": result}
+            story |= {"samples": samples(self.bank, self.encoder, held[:3], self.say)}
+        if contender.diverged:
+            self.say(self._why_diverged(contender))
+            story["notices"] = [*story["notices"], self._why_diverged(contender)]
+        tables = {"base" if key is None else "adapter": found.confusion for key, found in judged.items()}
+        if found := {name: table for name, table in tables.items() if table is not None}:
+            labels = next(iter(found.values())).labels
+            story["confusion"] = {"labels": labels} | {name: table.table for name, table in found.items()}
+        write_pages(folder, story)
+        write_json(folder.story, story)
+        return result
+
+    def _why_diverged(self, contender: Contender) -> str:
+        samples = contender.suspects or [e.sample for e in contender.batch(self.prepared.examples)]
+        kept = f"step {self.session.watch.best_step}" if self.session.watch.best_step else "the step before"
+        return (
+            f"{contender.stopped}: loss {contender.loss:.3g}, gradient norm {contender.norm:.3g} in rows "
+            f"{self.material.where(samples)}. The adapter of {kept} is kept. Try a lower --lr or --warmup 0.1."
+        )
+
+    def _result(self, contender: Contender, seconds: float, judged: Mapping[str | None, Judged]) -> dict[str, Any]:
+        watch = self.session.watch
+        result = {
+            "method": type(contender.plan.method).title,
+            "steps": contender.step,
+            "tokens": contender.tokens,
+            "seconds": seconds,
+            "tokens_per_second": contender.tokens / seconds,
+            "evaluation_seconds": self.session.evaluating,
+            "peak_memory_mb": peak_memory_mb(),
+            "train_loss": contender.loss,
+            "heldout": judged["adapter"].scores if judged else {},
+            "heldout_base": judged[None].scores if judged else {},
+            "metric": self.metric,
+            "best_step": watch.best_step if watch.best_step is not None else contender.step,
+            "adapter": str(self.folder.adapter),
+            "trainable_parameters": len(self.bank.adapters["adapter"]),
+            "rows": dict(self.prepared.counts),
+            "duplicates": self.material.duplicates,
+            "status": contender.stopped,
+        }
+        if self.room.device.type == "cuda":
+            result["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated(self.room.device) / 2**20
+        return result
+
+    def _story(self, status: str) -> dict[str, Any]:
+        """What run.json says of a run whatever has become of it."""
+        adapter, method = self.bank.adapters["adapter"], self.bank.adapters["adapter"].method
+        size = sum(p.numel() for p in self.base.model.parameters())
+        versions = {"inlay": inlay.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        data = self.material.summary() | {"lengths": lengths(self.prepared.examples)}
+        memory = {**self.estimate, "limit_mb": self.room.limit_mb, "tokens_at_once": self.room.tokens}
+        cost = {"trainable_parameters": len(adapter), "base_parameters": size, "virtual_tokens": method.virtual_length}
+        return {
+            "status": status,
+            "config": dataclasses.asdict(self.settings),
+            "data": data,
+            "template": self.encoder.template.to_dict(),
+            "memory": {**memory, "backed_off": self.room.backed_off},
+            "cost": {**cost, "prefix_tokens": method.prefix_length},
+            "notices": self.session.notices,
+            "versions": {**versions, "transformers": _version("transformers")},
+            "base_fingerprint": self.base.fingerprint,
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
 
 
-def peak_memory_mb() -> float:
-    """The most memory this process has held, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def encoder_of(base: Base, material: Material, settings: Settings) -> Encoder:
+    return Encoder(base.tokenizer, material.template, settings.max_length)
 
 
-def _folder(path: str) -> Path:
-    out = Path(path)
-    if (out / "run.json").exists():
-        raise UsageError(f"{out} holds a finished run", "Choose another folder, or remove this one.")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file", "Name a folder.")
-    return out
+def _metric(settings: Settings, material: Material) -> str:
+    there = metrics_of(material.template.kind)
+    if settings.metric is not None and settings.metric not in there:
+        raise UsageError(
+            f"{material.template.kind} rows have no metric {settings.metric!r}", f"Use {', '.join(there)}."
+        )
+    if settings.patience is not None and not material.heldout:
+        raise UsageError("--patience needs held-out rows", "Give --heldout a share or a file.")
+    return settings.metric or there[0]
 
 
-def _rows(settings: Settings) -> tuple[list[Row], list[Row], Template]:
-    """Rows to train on, rows held out, and the template for both."""
-    table = read_table(settings.data)
-    unknown = sorted(set(settings.columns) - {f.name for f in dataclasses.fields(Columns)})
-    if unknown:
-        raise UsageError(f"columns names {unknown[0]!r}", "Known: text, label, prompt, completion, messages.")
-    words = parse_verbalizer(settings.verbalizer) if settings.verbalizer else None
-    template = choose_template(table, Columns(**settings.columns), settings.template, words)
-    if template.kind == "label":
-        for row in table.rows:
-            template.label_of(row)
-    rows = shuffled(table.rows, settings.seed)[: settings.limit]
-    try:
-        share = float(settings.heldout)
-    except ValueError:
-        return rows, list(read_table(settings.heldout).rows), template
-    train_rows, held = split(rows, share)
-    if not train_rows:
-        raise UsageError(f"no row is left of {len(rows)} to train on", "Hold out fewer.")
-    return train_rows, held[:HELDOUT_ROWS], template
+def _check_same(settings: Settings, material: Material, folder: RunFolder) -> None:
+    """Raises: UsageError showing what differs from the run that is to be gone on with."""
+    told = folder.told()
+    if not told:
+        return
+    changed = differences(told["config"], dataclasses.asdict(settings))
+    before, now = told["data"], material.summary()
+    names = ("digest", "heldout_digest", "rows", "heldout_rows")
+    changed += [f"data {n} was {before.get(n)}, is {now.get(n)}" for n in names if before.get(n) != now.get(n)]
+    if changed:
+        raise UsageError(
+            f"{folder.path} was begun otherwise: {'; '.join(changed)}", "Give what was given, or another --out."
+        )
 
 
-def _plan(settings: Settings, method: Method) -> Plan:
-    names = {f.name for f in dataclasses.fields(Plan)} & {f.name for f in dataclasses.fields(Settings)} - {"method"}
-    return Plan(name="adapter", method=method, **{name: getattr(settings, name) for name in names})
+def _device(base: Base) -> torch.device:
+    return next(base.model.parameters()).device
 
 
-def _result(
-    contender: Contender, prepared: Prepared, seconds: float, scores: Mapping[Any, Mapping[str, float]], out: Path,
-    bank: Bank,
-) -> dict[str, Any]:  # fmt: skip
-    result = {
-        "method": type(contender.plan.method).title,
-        "steps": contender.step,
-        "tokens": contender.tokens,
-        "seconds": seconds,
-        "tokens_per_second": contender.tokens / seconds,
-        "peak_memory_mb": peak_memory_mb(),
-        "train_loss": contender.loss,
-        "heldout": dict(scores.get("adapter", {})),
-        "heldout_base": dict(scores.get(None, {})),
-        "adapter": str(out / "adapter"),
-        "trainable_parameters": len(bank.adapters["adapter"]),
-        "rows": dict(prepared.counts),
-        "status": contender.stopped,
-    }
-    if next(bank.model.parameters()).is_cuda:
-        import torch
+def _version(package: str) -> str:
+    from importlib.metadata import version
 
-        result["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return result
-
-
-def _versions(base: Base) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    versions = {"inlay": inlay.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    versions |= {"python": platform.python_version()}
-    return {"versions": versions, "base_fingerprint": base.fingerprint, "dtype": str(base.dtype).removeprefix("torch.")}
+    return version(package)

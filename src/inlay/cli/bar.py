@@ -1,0 +1,49 @@
+"""Progress of a training run, on stderr."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .common import console
+
+__all__ = ["Bar"]
+
+
+class Bar:
+    """Steps, loss, tokens a second, memory now and at its peak, and time left."""
+
+    def __init__(self) -> None:
+        text = "{task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[memory]} MB"
+        self.progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn(text), TimeRemainingColumn(),
+            console=console, transient=False,
+        )  # fmt: skip
+        self.task: Any = None
+        self._start = (0, 0)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.task is not None:
+            self.progress.stop()
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, contender: Any, total: int) -> None:
+        from inlay.training.memory import current_memory_mb, peak_memory_mb
+
+        if self.task is None:
+            self.progress.start()
+            self.task = self.progress.add_task("training", total=total, loss="", speed="", memory="")
+            self._start = (contender.step, contender.tokens)
+        seconds = self.progress.tasks[0].elapsed or 1e-9
+        speed = (contender.tokens - self._start[1]) / max(seconds, 1e-9) if contender.step > self._start[0] else 0
+        self.progress.update(
+            self.task, completed=contender.step, loss=f"loss {contender.loss:.3f}", speed=f"{speed:.0f}",
+            memory=f"{current_memory_mb():.0f} (peak {peak_memory_mb():.0f})",
+        )  # fmt: skip

@@ -1,0 +1,38 @@
+"""How much memory a run will take, before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from inlay.bank.bank import Bank
+from inlay.data.encode import Example
+
+from .contender import Contender
+from .forward import Segment, token_losses
+from .memory import MB, Room, current_memory_mb, saved_bytes
+
+__all__ = ["estimate_mb"]
+
+LONGEST = 256
+"""Tokens of the row that is tried."""
+
+
+def estimate_mb(bank: Bank, contender: Contender, examples: Sequence[Example], room: Room) -> dict[str, float]:
+    """`estimate_mb` for steps as they will be, and `least_mb` where each forward takes one row.
+
+    One row runs forward, and what it keeps for its backward is counted; the largest step keeps that much a token. The
+    adapter's gradients and two moments of its optimizer come on top of what is in use now.
+    """
+    longest = max(len(example.ids) for example in examples)
+    tried = max((e for e in examples if len(e.ids) <= LONGEST), key=lambda e: len(e.ids), default=examples[0])
+    with torch.enable_grad():
+        segment = [Segment(contender.plan.name, tried)]
+        kept = saved_bytes(bank.model, lambda: token_losses(bank, segment, 0)[0])
+    a_token = kept / len(tried.ids)
+    sizes = sorted((len(example.ids) for example in examples), reverse=True)
+    most = min(sum(sizes[: contender.plan.batch_size]), max(room.tokens, longest))
+    states = 3 * sum(p.numel() * p.element_size() for p in contender.parameters)
+    fixed = current_memory_mb(room.device) + states / MB
+    return {"estimate_mb": fixed + a_token * most / MB, "least_mb": fixed + a_token * longest / MB}

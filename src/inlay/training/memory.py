@@ -1,0 +1,157 @@
+"""How much memory there is, how much a run takes, and what is done when it does not fit."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import resource
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import InlayError, UsageError
+
+__all__ = ["Room", "current_memory_mb", "parse_size", "peak_memory_mb", "saved_bytes", "within"]
+
+T = TypeVar("T")
+MB = 2**20
+UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": MB, "gb": 2**30, "tb": 2**40}
+NEAR = 0.97
+"""The share of the limit at which work is cut smaller."""
+
+
+class OverLimit(MemoryError):
+    """Memory in use has come near the limit."""
+
+
+@dataclass
+class Room:
+    """`tokens` that one forward takes at most; cut in half whenever that proves to be too much.
+
+    `limit_mb` bounds the process's memory, or the accelerator's where the base is on one; `device` says which.
+    `backed_off` tells what was cut, and `told` hears of it.
+    """
+
+    tokens: int
+    limit_mb: float | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backed_off: list[dict[str, Any]] = field(default_factory=list)
+    told: Callable[[str], None] = lambda line: None
+    largest: tuple[int, int] = (0, 0)
+    """Tokens and rows of the largest group of the work at hand."""
+
+    def check(self) -> None:
+        """Raises: OverLimit near the limit."""
+        if self.limit_mb is not None and current_memory_mb(self.device) > NEAR * self.limit_mb:
+            raise OverLimit(f"the memory limit of {self.limit_mb:.0f} MB")
+
+    def halve(self, why: str, where: str) -> None:
+        """Make the groups of the work at hand smaller. Raises: InlayError where a single row is too much."""
+        tokens, rows = self.largest
+        if rows <= 1:
+            raise InlayError(
+                f"one row of {tokens} tokens does not fit in memory ({why})",
+                "Lower --max-length, add --gradient-checkpointing, or raise --memory-limit.",
+            )
+        before, self.tokens = self.tokens, max(1, min(self.tokens, tokens) // 2)
+        self.backed_off.append({"where": where, "from": before, "to": self.tokens, "why": why})
+        self.told(f"{why}: going on with {self.tokens} tokens at once in place of {before} ({where})")
+        _give_back(self.device)
+
+
+def within(room: Room, where: str, work: Callable[[], T], undo: Callable[[], None] | None = None) -> T:
+    """Do `work`; where memory runs out, undo what it did, cut `room` and do it again from its beginning."""
+    while True:
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            why = _why(error)
+        # Out of the handler, the error no longer holds on to the tensors of the failed attempt.
+        if undo is not None:
+            undo()
+        room.halve(why, where)
+
+
+def _why(error: Exception) -> str:
+    """What ran out. Raises the error itself where it is about something else."""
+    if isinstance(error, OverLimit):
+        return f"near {error}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "out of memory"
+    if re.search(r"not enough memory|can't allocate|out of memory|alloc.* fail", str(error), re.IGNORECASE):
+        return "out of memory"
+    raise error
+
+
+def _give_back(device: torch.device) -> None:
+    """Return freed memory to the system, so that what is measured next is what is used."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def current_memory_mb(device: torch.device | None = None) -> float:
+    """MiB that this process holds now, or that its tensors hold on a CUDA `device`."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / MB
+    return psutil.Process().memory_info().rss / MB
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def parse_size(text: str | None) -> float | None:
+    """ "4GB", "900MB" or a number of bytes in MiB; None for none, and what the machine has to give for "auto".
+
+    Raises: UsageError.
+    """
+    if text is None or text == "none":
+        return None
+    if text == "auto":
+        return _available_mb()
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*?)i?(b?)\s*", text)
+    unit = (found[2] + found[3]).lower() if found else "?"
+    unit = unit if unit in UNITS or not found else unit + "b"
+    if found is None or unit not in UNITS or not float(found[1]):
+        raise UsageError(f"memory limit {text!r} cannot be read", "Write 4GB or 900MB.")
+    return float(found[1]) * UNITS[unit] / MB
+
+
+def _available_mb() -> float:
+    """What this process may hold: what is free now and what it has, or the limit of its container if that is less."""
+    limits = [psutil.virtual_memory().available / MB + current_memory_mb()]
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.exists() and (text := group.read_text().strip()).isdigit():
+        limits.append(int(text) / MB)
+    return min(limits)
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that `forward` keeps for its backward, the base's own weights left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # while they live, no two storages share an address
+
+    def note(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(value.detach())
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        out = forward()
+    total = sum(sizes.values())
+    del out
+    return total

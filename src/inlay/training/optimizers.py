@@ -1,0 +1,68 @@
+"""The optimizers there are, by name: torch's own, and those of well-kept libraries, imported when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from inlay.errors import InlayError, UsageError
+
+__all__ = ["OPTIMIZERS", "make_optimizer"]
+
+Groups = Sequence[dict[str, Any]]
+Make = Callable[[Groups, float, float], torch.optim.Optimizer]
+
+
+def _adamw(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def _sgd(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay, momentum=0.9)
+
+
+def _adafactor(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay)
+
+
+def _lion(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Chen et al. 2023, arXiv:2302.06675."""
+    from lion_pytorch import Lion
+
+    return Lion(groups, lr=lr, weight_decay=weight_decay)  # pyright: ignore[reportArgumentType]
+
+
+def _schedule_free(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Defazio et al. 2024, arXiv:2405.15682."""
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(groups, lr=lr, weight_decay=weight_decay)
+
+
+def _adamw_8bit(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Dettmers et al. 2021, arXiv:2110.02861; small tensors keep 32 bits."""
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(groups, lr=lr, weight_decay=weight_decay)  # pyright: ignore[reportArgumentType]
+
+
+OPTIMIZERS: dict[str, Make] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "schedule-free": _schedule_free,
+    "adamw-8bit": _adamw_8bit,
+}
+
+
+def make_optimizer(name: str, groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """The optimizer called `name`. Raises: UsageError naming those there are; InlayError where its library lacks."""
+    if name not in OPTIMIZERS:
+        raise UsageError(f"no optimizer is called {name!r}", f"Optimizers: {', '.join(OPTIMIZERS)}.")
+    try:
+        return OPTIMIZERS[name](groups, lr, weight_decay)
+    except ImportError as error:
+        raise InlayError(f"optimizer {name} needs {error.name}", "pip install 'inlay[optimizers]'") from None
