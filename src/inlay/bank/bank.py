@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -272,6 +272,9 @@ class _Lookup:
 
     def route_in_force(self) -> Route | None:
         return self._bank._route_in_force()
+
+    def in_force(self, route: Route) -> AbstractContextManager[None]:
+        return self._bank._in_force(route)
 
     def takes_padding(self, behind_prefix: bool) -> bool:
         if behind_prefix not in self._padding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -56,6 +56,7 @@ class Lookup(Protocol):
     def version(self) -> int: ...
     def route_in_force(self) -> Route | None: ...
     def takes_padding(self, behind_prefix: bool) -> bool: ...
+    def in_force(self, route: Route) -> AbstractContextManager[None]: ...
 
 
 class CallHooks:
@@ -99,6 +100,7 @@ class CallHooks:
             return None
         given = stack.arguments(args, kwargs)
         call = self._packed(stack, route) if route.lengths else self._padded(stack, route, given)
+        call.route = route
         given = call.prepare(given)
         if stack.part == "decoder" and not route.lengths:
             self._widen_cross_mask(given, route)
@@ -247,8 +249,10 @@ class CallHooks:
         """Enter `call` once more."""
         with ExitStack() as contexts:
             contexts.enter_context(entered(call))
-            if call is not None and call.attends:
-                contexts.enter_context(taken_over(self.configs))
+            if call is not None:
+                contexts.enter_context(self.bank.in_force(call.route))
+                if call.attends:
+                    contexts.enter_context(taken_over(self.configs))
             yield
 
 

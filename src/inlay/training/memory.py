@@ -22,7 +22,7 @@ __all__ = ["Room", "current_memory_mb", "parse_size", "peak_memory_mb", "saved_b
 
 T = TypeVar("T")
 MB = 2**20
-UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": MB, "gb": 2**30, "tb": 2**40}
+UNITS = {"": 1, "k": 2**10, "m": MB, "g": 2**30, "t": 2**40}
 NEAR = 0.97
 """The share of the limit at which work is cut smaller."""
 
@@ -120,12 +120,10 @@ def parse_size(text: str | None) -> float | None:
         return None
     if text == "auto":
         return _available_mb()
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*?)i?(b?)\s*", text)
-    unit = (found[2] + found[3]).lower() if found else "?"
-    unit = unit if unit in UNITS or not found else unit + "b"
-    if found is None or unit not in UNITS or not float(found[1]):
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
+    if found is None or not float(found[1]):
         raise UsageError(f"memory limit {text!r} cannot be read", "Write 4GB or 900MB.")
-    return float(found[1]) * UNITS[unit] / MB
+    return float(found[1]) * UNITS[found[2]] / MB
 
 
 def _available_mb() -> float:

@@ -38,7 +38,9 @@ def _schedule_free(groups: Groups, lr: float, weight_decay: float) -> torch.opti
     """Defazio et al. 2024, arXiv:2405.15682."""
     from schedulefree import AdamWScheduleFree
 
-    return AdamWScheduleFree(groups, lr=lr, weight_decay=weight_decay)
+    made = AdamWScheduleFree(groups, lr=lr, weight_decay=weight_decay)
+    made.train()
+    return made
 
 
 def _adamw_8bit(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -59,6 +59,8 @@ def run(settings: Settings, on_step: OnStep | None = None, say: Say | None = Non
     limit = parse_size(settings.memory_limit)
     material = gather(settings)
     metric = _metric(settings, material)
+    if material.shared:
+        say(f"{material.shared} of the {len(material.heldout)} held-out rows are trained on too")
     if settings.resume:
         _check_same(settings, material, folder)
     base = load_base(settings.base, settings.dtype, settings.device)

@@ -1,0 +1,162 @@
+"""Running out of memory changes how a step is computed, not what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import inlay
+import inlay.evaluation.score
+import inlay.training.loop
+from inlay.data.encode import Encoder
+from inlay.data.table import Row
+from inlay.data.template import Template
+from inlay.errors import InlayError, UsageError
+from inlay.evaluation.score import judge
+from inlay.methods.table import METHODS
+from inlay.training.contender import Plan
+from inlay.training.loop import enter, go_on, train
+from inlay.training.memory import Room, current_memory_mb, parse_size, saved_bytes
+from test_training import PLANS, examples
+from zoo import make
+
+
+class Scarce:
+    """A forward that runs out of memory above some tokens."""
+
+    def __init__(self, monkeypatch, module, name, tokens, error=MemoryError):
+        real, self.failures = getattr(module, name), 0
+
+        def limited(bank, segments, *rest):
+            out = real(bank, segments, *rest)
+            if sum(len(s.example.ids) for s in segments) > tokens:
+                self.failures += 1
+                raise error
+            return out
+
+        monkeypatch.setattr(module, name, limited)
+
+
+def gradients(plans, room):
+    """Gradients of the first step, caught before the optimizer uses them, and the parameters after three."""
+    bank = inlay.attach(make("llama"))
+    contenders = enter(bank, plans, 24)
+    caught = {}
+
+    for contender in contenders:
+        real = contender.update
+
+        def update(*given, real=real, contender=contender):
+            caught.setdefault(contender.plan.name, [p.grad.clone() for p in contender.parameters])
+            return real(*given)
+
+        contender.update = update
+    go_on(bank, contenders, examples(), room)
+    return caught, {plan.name: list(bank.parameters(plan.name)) for plan in plans}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB")])
+def test_a_step_that_runs_out_of_memory_is_redone_with_the_same_gradients(error, monkeypatch):
+    plans = [Plan(p.name, p.method, lr=p.lr, batch_size=p.batch_size, steps=3, seed=p.seed) for p in PLANS]
+    plain, ended = gradients(plans, Room(4096))
+    scarce = Scarce(monkeypatch, inlay.training.loop, "token_losses", 20, error)
+    said = []
+    room = Room(4096, told=said.append)
+    again, redone = gradients(plans, room)
+    assert scarce.failures >= 1 and room.tokens <= 20
+    assert len(said) == len(room.backed_off) == scarce.failures and "out of memory" in said[0]
+    for name in plain:
+        torch.testing.assert_close(again[name], plain[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(redone[name], ended[name], rtol=1e-7, atol=1e-9)
+
+
+def test_other_errors_are_not_taken_for_it(monkeypatch):
+    Scarce(monkeypatch, inlay.training.loop, "token_losses", 20, RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        gradients(PLANS, Room(4096))
+
+
+def test_one_row_that_does_not_fit_ends_in_a_clear_error(monkeypatch):
+    Scarce(monkeypatch, inlay.training.loop, "token_losses", 2)
+    with pytest.raises(InlayError, match=r"one row of \d+ tokens does not fit.*--gradient-checkpointing"):
+        gradients(PLANS, Room(4096))
+
+
+def test_the_limit_cuts_forwards_before_memory_runs_out(monkeypatch):
+    plain, _ = gradients(PLANS[:1], Room(4096))
+    seen = []
+
+    def pretended(device=None):
+        seen.append(room.largest[0])
+        return 50.0 * room.largest[0]
+
+    monkeypatch.setattr("inlay.training.memory.current_memory_mb", pretended)
+    room = Room(4096, limit_mb=600.0)
+    again, _ = gradients(PLANS[:1], room)
+    assert room.backed_off and "near the memory limit of 600 MB" in room.backed_off[0]["why"]
+    assert max(seen) * 50 > 580 and seen[-1] * 50 <= 600
+    torch.testing.assert_close(again["lora"], plain["lora"], rtol=1e-9, atol=1e-12)
+
+
+def test_evaluation_has_a_back_off_of_its_own(tokenizer, base_folder, monkeypatch):
+    import transformers as tf
+
+    bank = inlay.attach(tf.AutoModelForCausalLM.from_pretrained(base_folder))
+    bank.add("a", inlay.LoRA(r=2), seed=0)
+    template = Template("label", "Review: {text}\nSentiment:", "label", {"0": ["negative"], "1": ["positive"]})
+    encoder = Encoder(tokenizer, template, 64)
+    rows = [Row({"text": f"a film, number {n}", "label": str(n % 2)}, n, "f", n) for n in range(10)]
+    plain = judge(bank, encoder, rows, [None, "a"], Room(4096))
+    scarce = Scarce(monkeypatch, inlay.evaluation.score, "scored", 120)
+    room = Room(4096)
+    again = judge(bank, encoder, rows, [None, "a"], room)
+    assert scarce.failures >= 1 and room.tokens < 4096
+    for name, judged in plain.items():
+        assert again[name].confusion == judged.confusion
+        assert again[name].scores == pytest.approx(judged.scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3_moe", "t5"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_gradient_checkpointing_trains_every_method_the_same(method, name):
+    settings = {"dropout": 0.2} if method == "lora" else {}
+    plan = Plan("a", METHODS[method](**settings), lr=1e-2, batch_size=4, steps=3, seed=1)
+    ends, calls = [], [0, 0]
+    for recompute in (False, True):
+        bank = inlay.attach(make(name))
+        watched = next(iter(bank.base.attentions))
+
+        def count(*_, recompute=recompute):
+            calls[recompute] += torch.is_grad_enabled()
+
+        watched.register_forward_hook(count)
+        train(bank, [plan], examples(), recompute=recompute)
+        ends.append(list(bank.parameters("a")))
+        assert not any(module.training for module in bank.model.modules())
+    assert calls[1] == 2 * calls[0]
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-10)
+
+
+def test_checkpointing_keeps_less_and_the_estimate_counts_it():
+    bank = inlay.attach(make("llama"))
+    bank.add("a", inlay.LoRA(r=2), seed=0)
+    ids = torch.arange(3, 40)[None]
+
+    def kept():
+        with bank.route(["a"]):
+            return saved_bytes(bank.model, lambda: bank.model(input_ids=ids, use_cache=False).logits)
+
+    kept()
+    plain = kept()
+    with bank.recomputing():
+        assert kept() < plain / 2
+    assert kept() == pytest.approx(plain, rel=0.05)
+
+
+def test_sizes_are_read():
+    assert parse_size("4GB") == 4096 and parse_size("900 MB") == 900 and parse_size("1.5GiB") == 1536
+    assert parse_size("1048576") == 1 and parse_size("none") is None and parse_size(None) is None
+    assert parse_size("auto") > current_memory_mb()
+    for text in ("much", "4 parsecs", "0GB", "-1GB", ""):
+        with pytest.raises(UsageError, match="4GB"):
+            parse_size(text)

@@ -1,0 +1,116 @@
+"""The best adapter is kept, overfitting is noticed, and a run says what it did."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from inlay.errors import UsageError
+from inlay.training.run import run
+from inlay.training.watch import Watch
+from test_crash import reviews, settings  # noqa: F401
+
+
+def noted(metric, values, patience=None, losses=None):
+    watch = Watch(metric, patience)
+    for n, value in enumerate(values):
+        scores = {"loss": value, metric: value}
+        watch.note(10 * (n + 1), losses[n] if losses else 1.0, scores, {"w": torch.tensor([value])})
+    return watch
+
+
+def test_the_best_is_the_lowest_loss_or_the_highest_share():
+    assert noted("loss", [3.0, 1.0, 2.0]).best_step == 20
+    assert noted("accuracy", [0.3, 0.9, 0.9]).best_step == 20
+    watch = noted("loss", [math.nan, 2.0, math.nan])
+    assert watch.best_step == 20 and watch.best["w"].item() == 2.0
+
+
+def test_patience_counts_scores_that_are_no_better():
+    assert not noted("loss", [1.0, 2.0], patience=2).stale
+    assert noted("loss", [1.0, 2.0, 1.5], patience=2).stale
+    assert not noted("loss", [1.0, 2.0, 0.5], patience=2).stale
+    assert not noted("loss", [1.0, 2.0, 3.0, 4.0]).stale
+
+
+def test_overfitting_is_said_once_and_only_where_training_loss_falls():
+    rising = [1.0, 0.9, 0.95, 1.1]
+    watch = noted("loss", rising, losses=[2.0, 1.5, 1.0, 0.5])
+    said = watch.overfitting()
+    assert "overfitting" in said and "dropout of 0.05 to 0.2" in said and "step 20" in said
+    assert not watch.overfitting()
+    assert not noted("loss", rising, losses=[1.0, 1.0, 1.2, 1.4]).overfitting()
+    assert not noted("loss", [1.0, 0.9, 0.905, 0.9], losses=[2.0, 1.5, 1.0, 0.5]).overfitting()
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+def test_the_adapter_is_the_best_and_last_is_the_last(base_folder, reviews, tmp_path, told):  # noqa: F811
+    out = tmp_path / "run"
+    given = {"steps": 30, "lr": 5e-2, "eval_every": 3, "patience": None}
+    result = run(settings(base_folder, reviews, out, **given), say=told.append)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    scored = {line["step"]: line["heldout"]["loss"] for line in lines if "heldout" in line}
+    assert list(scored) == list(range(3, 31, 3))
+    best = min(scored, key=lambda step: scored[step])
+    assert result["best_step"] == best and result["heldout"]["loss"] == pytest.approx(scored[best], abs=1e-5)
+    kept, last = (load_file(out / name / "adapter_model.safetensors") for name in ("adapter", "last"))
+    assert any(not torch.equal(kept[key], last[key]) for key in kept) == (best != 30)
+    for name in ("memory_mb", "peak_memory_mb", "lr", "norm", "seconds", "tokens"):
+        assert lines[-1][name] is not None
+
+
+def test_patience_ends_a_run(base_folder, reviews, tmp_path, told):  # noqa: F811
+    given = {"steps": 400, "lr": 0.2, "eval_every": 2, "patience": 3, "checkpoint_every": 100}
+    result = run(settings(base_folder, reviews, tmp_path / "run", **given), say=told.append)
+    assert result["status"] == "stopped early" and result["steps"] < 400
+    assert result["steps"] == result["best_step"] + 6
+    assert any("stopped early" in line for line in told)
+
+
+def test_a_wild_rate_stops_and_names_the_rows_and_keeps_the_best(base_folder, reviews, tmp_path, told):  # noqa: F811
+    given = {"lr": 1e30, "schedule": "constant", "warmup": 0.5, "steps": 20, "eval_every": 1, "set": {"r": 2}}
+    result = run(settings(base_folder, reviews, tmp_path / "run", **given), say=told.append)
+    assert result["status"].startswith("diverged at step")
+    line = next(line for line in told if line.startswith("diverged"))
+    assert "reviews.csv, line" in line and "lower --lr" in line
+    kept = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in kept.values())
+    assert "diverged" in json.loads((tmp_path / "run" / "run.json").read_text())["notices"][-1]
+
+
+def test_metrics_that_rows_do_not_have_are_refused(base_folder, reviews, tmp_path):  # noqa: F811
+    with pytest.raises(UsageError, match="no metric 'perplexity'"):
+        run(settings(base_folder, reviews, tmp_path / "run", metric="perplexity"))
+    with pytest.raises(UsageError, match="held-out rows"):
+        run(settings(base_folder, reviews, tmp_path / "run", heldout="0", patience=2))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "loss"])
+def test_any_metric_chooses(metric, base_folder, reviews, tmp_path, told):  # noqa: F811
+    result = run(settings(base_folder, reviews, tmp_path / "run", metric=metric), say=told.append)
+    assert result["metric"] == metric and result["heldout"][metric] >= 0
+
+
+def test_duplicates_never_straddle_the_split_and_are_counted(base_folder, reviews, tmp_path, told):  # noqa: F811
+    from inlay.training.material import gather
+
+    double = tmp_path / "double.csv"
+    lines = reviews.read_text().splitlines()
+    double.write_text("\n".join([*lines, *lines[1:11]]) + "\n")
+    material = gather(settings(base_folder, double, tmp_path / "run"))
+    trained, held = ({row.values["text"] for row in rows} for rows in (material.rows, material.heldout))
+    assert material.duplicates == 10 and held and not trained & held
+
+
+def test_rows_of_a_heldout_file_that_are_trained_on_are_said(base_folder, reviews, tmp_path, told):  # noqa: F811
+    run(settings(base_folder, reviews, tmp_path / "run", heldout=str(reviews)), say=told.append)
+    assert any("40 of the 40 held-out rows" in line for line in told)
