@@ -13,7 +13,7 @@ from typing import Any
 
 from inlay.errors import DataError, UsageError
 
-__all__ = ["Row", "Table", "read_table", "shuffled", "split"]
+__all__ = ["Row", "Table", "duplicates", "read_table", "shuffled", "split"]
 
 LONGEST_FIELD = 64 * 2**20
 """Characters in one field or line; more is a broken file."""
@@ -54,7 +54,7 @@ class Table:
 
 
 def read_table(paths: str | Path | Sequence[str | Path]) -> Table:
-    """Rows of one or several files of one kind: .csv, .tsv, .jsonl, .json, .parquet, .txt or a `datasets` folder.
+    """Rows of one or several files: .csv, .tsv, .jsonl, .json, .parquet, .txt or a `datasets` folder.
 
     Raises: UsageError for a path that is missing or of unknown kind; DataError naming the file and line of bad content.
     """
@@ -62,18 +62,23 @@ def read_table(paths: str | Path | Sequence[str | Path]) -> Table:
     rows: list[Row] = []
     columns: tuple[str, ...] | None = None
     for path in map(Path, listed):
-        found = 0
+        own: dict[str, None] = {}
+        begun = len(rows)
         for line, values in _reader(path)(path):
-            if columns is None:
-                columns = tuple(values)
-            elif set(values) - set(columns):
-                extra = sorted(set(values) - set(columns))[0]
-                columns = (*columns, extra) if path.suffix in (".jsonl", ".json") else columns
+            own.update(dict.fromkeys(values))
             rows.append(Row(values, len(rows), str(path), line))
-            found += 1
-        if not found:
+        if len(rows) == begun:
             raise DataError(f"{path} holds no rows", "Give a file with at least one.")
+        if columns is not None and set(columns) != set(own):
+            what = f"the columns of {path} ({', '.join(own)}) are not those of {listed[0]} ({', '.join(columns)})"
+            raise DataError(what, "Give files with the same columns.")
+        columns = columns or tuple(own)
     return Table(columns or (), tuple(rows), tuple(map(str, listed)))
+
+
+def duplicates(rows: Sequence[Row]) -> int:
+    """How many rows have the content of an earlier one."""
+    return len(rows) - len({row.digest for row in rows})
 
 
 def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
@@ -106,9 +111,10 @@ def _reader(path: Path) -> Reader:
     if not path.exists():
         raise UsageError(f"data file {path} does not exist", "Check the path.")
     if path.is_dir():
-        if not list(path.glob("*.arrow")):
-            raise UsageError(f"folder {path} holds no dataset", "Name a file, or a folder that `datasets` saved.")
+        _check_dataset(path)
         return _dataset
+    if not path.is_file():
+        raise UsageError(f"data file {path} is no ordinary file", "Name a file that stays where it is.")
     kinds: dict[str, Reader] = {
         ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".txt": _text, ".md": _text,
     }  # fmt: skip
@@ -117,6 +123,19 @@ def _reader(path: Path) -> Reader:
     if not path.stat().st_size:
         raise DataError(f"{path} is empty", "Give a file with at least one row.")
     return kinds[path.suffix.lower()]
+
+
+def _check_dataset(path: Path) -> None:
+    """Raises: UsageError where the folder is not one that `datasets` saved, or holds several splits."""
+    if list(path.glob("*.arrow")):
+        return
+    splits = sorted(file.parent.name for file in path.glob("*/dataset_info.json"))
+    if "train" in splits or len(splits) == 1:
+        return
+    if splits:
+        listed = ", ".join(splits)
+        raise UsageError(f"folder {path} holds the splits {listed}", f"Name one: {path / splits[0]}.")
+    raise UsageError(f"folder {path} holds no dataset", "Name a file, or a folder that `datasets` saved.")
 
 
 def _decoded(path: Path) -> str:
@@ -164,21 +183,43 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 value = json.loads(line)
             except ValueError as error:
                 raise DataError(f"{path}, line {number} is not JSON ({error})", "Each line is one object.") from None
+            except RecursionError:
+                raise DataError(f"{path}, line {number} nests too deeply", "Each line is one flat object.") from None
             yield number, _object(value, path, number)
 
 
 def _json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = _decoded(path)
     try:
-        value = json.loads(_decoded(path))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno} is not JSON ({error.msg})", "Check the file.") from None
+    except RecursionError:
+        raise DataError(f"{path} nests too deeply", "Give a list of flat objects.") from None
     if isinstance(value, dict):
         lists = [inner for inner in value.values() if isinstance(inner, list)]
         value = lists[0] if len(lists) == 1 else value
     if not isinstance(value, list):
         raise DataError(f"{path} holds no list of objects", "Give [{...}, ...].")
-    for number, item in enumerate(value, 1):
+    lines = _item_lines(text, len(value))
+    for number, item in zip(lines, value, strict=True):
         yield number, _object(item, path, number)
+
+
+def _item_lines(text: str, count: int) -> list[int]:
+    """The line that each item of the file's list starts on (all 1 where the list cannot be walked)."""
+    decoder, place, lines, line, seen = json.JSONDecoder(), text.find("["), [], 1, 0
+    try:
+        while place >= 0 and len(lines) < count:
+            place += 1
+            while text[place] in " \t\r\n,":
+                place += 1
+            line, seen = line + text.count("\n", seen, place), place
+            lines.append(line)
+            place = decoder.raw_decode(text, place)[1] - 1
+    except (ValueError, IndexError):
+        pass
+    return lines if len(lines) == count else [1] * count
 
 
 def _object(value: Any, path: Path, line: int) -> dict[str, Any]:
@@ -204,6 +245,9 @@ def _dataset(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow as pa
 
     number = 0
+    if not list(path.glob("*.arrow")):
+        splits = sorted(file.parent for file in path.glob("*/dataset_info.json"))
+        path = path / "train" if path / "train" in splits else splits[0]
     for file in sorted(path.glob("*.arrow")):
         try:
             with pa.memory_map(str(file)) as source:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inlay.data.encode import Example
-from inlay.data.table import Row, Table, read_table, shuffled, split
+from inlay.data.table import Row, Table, duplicates, read_table, shuffled, split
 from inlay.data.template import Columns, Template, choose_template, parse_verbalizer
 from inlay.errors import UsageError
 
@@ -57,7 +57,7 @@ def gather(settings: Settings) -> Material:
     template = choose_template(table, Columns(**settings.columns), settings.template, words)
     _check_labels(table, template)
     rows = shuffled(table.rows, settings.seed)[: settings.limit]
-    duplicates = len(rows) - len({row.digest for row in rows})
+    double = duplicates(rows)
     try:
         share = float(settings.heldout)
     except ValueError:
@@ -66,11 +66,11 @@ def gather(settings: Settings) -> Material:
         known = {row.digest for row in rows}
         shared = sum(row.digest in known for row in other.rows)
         digests = {"digest": table.digest, "heldout_digest": other.digest}
-        return Material(rows, list(other.rows), template, digests, duplicates, shared)
+        return Material(rows, list(other.rows), template, digests, double, shared)
     train_rows, held = split(rows, share, template.content_of)
     if not train_rows:
         raise UsageError(f"no row is left of {len(rows)} to train on", "Hold out fewer.")
-    return Material(train_rows, held[:HELDOUT_ROWS], template, {"digest": table.digest}, duplicates, 0)
+    return Material(train_rows, held[:HELDOUT_ROWS], template, {"digest": table.digest}, double, 0)
 
 
 def lengths(examples: Sequence[Example]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Session:
 
     @property
     def seconds(self) -> float:
-        """Spent on this run from its rows to its steps, scoring left out; of earlier processes, what they kept of it."""
+        """From the rows to the last step, scoring left out; of earlier processes, what their checkpoints tell."""
         return self._before + time.perf_counter() - self._start - self.evaluating
 
     # ---- going on
