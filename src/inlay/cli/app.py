@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import evaluate, generate, merge, methods, pull, train
+from . import chat, doctor, evaluate, generate, merge, methods, pull, train
 
 __all__ = ["app"]
 
@@ -17,6 +17,8 @@ app = typer.Typer(
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("chat")(chat.command)
 app.command("merge")(merge.command)
 app.command("methods")(methods.command)
 app.command("pull")(pull.command)
+app.command("doctor")(doctor.command)

@@ -18,7 +18,19 @@ from rich.console import Console
 
 from inlay.errors import InlayError, UsageError
 
-__all__ = ["Adapters", "BaseName", "Device", "Dtype", "Json", "Set", "console", "emit", "guarded", "pairs"]
+__all__ = [
+    "Adapters",
+    "BaseName",
+    "Device",
+    "Dtype",
+    "Json",
+    "Set",
+    "columns_of",
+    "console",
+    "emit",
+    "guarded",
+    "pairs",
+]
 
 console = Console(stderr=True)
 
@@ -83,6 +95,20 @@ def pairs(entries: Sequence[str] | None, flag: str) -> dict[str, Any]:
         except yaml.YAMLError:
             found[key.strip()] = value
     return found
+
+
+def columns_of(given: str | None) -> Any:
+    """`text=NAME,label=NAME` as Columns. Raises: UsageError naming the columns' kinds."""
+    import dataclasses
+
+    from inlay.data.template import Columns
+
+    found = {key: str(value) for key, value in pairs(given.split(",") if given else None, "--columns").items()}
+    known = [f.name for f in dataclasses.fields(Columns)]
+    for name in found:
+        if name not in known:
+            raise UsageError(f"--columns names {name!r}", f"Known: {', '.join(known)}.")
+    return Columns(**found)
 
 
 def from_file(path: str | None) -> dict[str, Any]:

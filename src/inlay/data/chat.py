@@ -152,4 +152,6 @@ def _check_jinja(text: str) -> None:
             text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
         )
     except TemplateSyntaxError as error:
-        raise UsageError(f"the chat template cannot be read (line {error.lineno}: {error.message})", "Mend it.") from None
+        raise UsageError(
+            f"the chat template cannot be read (line {error.lineno}: {error.message})", "Mend it."
+        ) from None

@@ -131,15 +131,19 @@ class Encoder:
     def prompt(self, row: Row) -> tuple[list[int], int]:
         """What stands before the answer, for generation, and the place of virtual tokens in it."""
         if self.chat is not None:
-            turns = self._turns(row, answered=False)
-            ids = self.chat.ids(turns, True, row.where)
-            system = self.chat.behind_system(turns, ids)
-        else:
-            ids = self._ids(self.template.prompt_of(row))
-            system = self._opening(ids)
+            return self.asked(self._turns(row, answered=False), row.where)
+        ids = self._ids(self.template.prompt_of(row))
+        return self._asked(ids, self._opening(ids))
+
+    def asked(self, turns: Sequence[Turn], where: str = "the conversation") -> tuple[list[int], int]:
+        """As `prompt`, for a conversation that ends before an answer. Raises: UsageError where there is no chat."""
+        chat = self.chat or Chat(self.tokenizer, self.template.jinja)
+        ids = chat.ids(turns, True, where)
+        return self._asked(ids, chat.behind_system(turns, ids))
+
+    def _asked(self, ids: list[int], system: int) -> tuple[list[int], int]:
         kept = self._shortened(ids, self.max_length)
-        place = {"start": 0, "before-answer": len(kept)}.get(self.place, max(0, system - (len(ids) - len(kept))))
-        return kept, place
+        return kept, {"start": 0, "before-answer": len(kept)}.get(self.place, max(0, system - len(ids) + len(kept)))
 
     def prompt_ids(self, row: Row) -> list[int]:
         """The tokens before the answer."""

@@ -89,7 +89,7 @@ class _Work:
         self.settings, self.material, self.base, self.bank = settings, material, base, bank
         self.folder, self.metric, self.say = folder, metric, say
         self.start = time.perf_counter()
-        self.encoder = encoder_of(base, material, settings)
+        self.encoder = Encoder(base.tokenizer, material.template, settings.max_length, settings.virtual_tokens_at)
         self.prepared: Prepared = self.encoder.examples(material.rows)
 
     def done(self, contender: Contender, tracker: Tracker, on_step: OnStep | None) -> dict[str, Any]:
@@ -212,10 +212,6 @@ class _Work:
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         }
-
-
-def encoder_of(base: Base, material: Material, settings: Settings) -> Encoder:
-    return Encoder(base.tokenizer, material.template, settings.max_length)
 
 
 def _metric(settings: Settings, material: Material) -> str:

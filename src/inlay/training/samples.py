@@ -20,7 +20,7 @@ NEW_TOKENS = 24
 def samples(bank: Bank, encoder: Encoder, rows: Sequence[Row], say: Callable[[str], None]) -> list[dict[str, str]]:
     """For each row its prompt, the answer it holds, and what the base and the adapter make of it (greedy)."""
     if encoder.template.kind == "text":
-        return []
+        return []  # there is no prompt to go on from
     try:
         return [_sample(bank, encoder, row) for row in rows]
     except (RuntimeError, ValueError, TypeError) as error:  # a base that scores but cannot generate is still of use
@@ -31,12 +31,12 @@ def samples(bank: Bank, encoder: Encoder, rows: Sequence[Row], say: Callable[[st
 def _sample(bank: Bank, encoder: Encoder, row: Row) -> dict[str, str]:
     model: Any = bank.model
     tokenizer = encoder.tokenizer
-    asked = encoder.prompt_ids(row)
+    asked, place = encoder.prompt(row)
     ids = torch.tensor([asked, asked], device=model.device)
     told = {"max_new_tokens": 5 if encoder.template.kind == "label" else NEW_TOKENS, "do_sample": False}
     example = encoder.example(row)
     answer = [token for token, learned in zip(example.ids, example.learned, strict=True) if learned]
-    with bank.route([None, "adapter"]):
+    with bank.route([None, "adapter"], places=[0, place]):
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id, **told
         )
