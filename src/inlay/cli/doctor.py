@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,8 +66,6 @@ def _looked() -> tuple[dict[str, Any], list[str]]:
     }  # fmt: skip
     if "torch" in versions:
         found |= _machine(troubles)
-    if sys.version_info < (3, 11):
-        troubles.append("Python 3.11 or newer is needed")
     return found, troubles
 
 
@@ -94,7 +91,7 @@ def _machine(troubles: list[str]) -> dict[str, Any]:
     dtype = pick_dtype("auto", device)
     n = 1024
     x = torch.randn(n, n).to(device, dtype)
-    times = []
+    times, y = [], x
     for _ in range(5):
         start = time.perf_counter()
         y = x @ x
