@@ -26,7 +26,7 @@ from .wheels import SMOLLM2, unpacked
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Base", "load_base", "pull", "resolve"]
+__all__ = ["Base", "load_base", "load_tokenizer", "pull", "resolve"]
 
 Say = Callable[[str], None]
 
@@ -67,6 +67,13 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Base
         model = model.to(place)
     model.config._name_or_path = str(name)  # goes into adapters, where a path in the cache would mean nothing
     return Base(model.eval(), tokenizer, str(name), folder, fingerprint(model), chosen, unused)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of the base called `name`, without its weights; None where it has none."""
+    folder = resolve(name)
+    with quiet():
+        return _tokenizer(folder)
 
 
 def pull(name: str, say: Say | None = None) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import chat, doctor, evaluate, generate, merge, methods, pull, train
+from . import chat, doctor, evaluate, generate, merge, methods, preview, pull, train
 
 __all__ = ["app"]
 
@@ -19,6 +19,7 @@ app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("merge")(merge.command)
+app.command("preview")(preview.command)
 app.command("methods")(methods.command)
 app.command("pull")(pull.command)
 app.command("doctor")(doctor.command)

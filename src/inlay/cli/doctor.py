@@ -60,8 +60,8 @@ def _looked() -> tuple[dict[str, Any], list[str]]:
     if memory.available < 2 * 2**30:
         troubles.append(f"{memory.available / 2**30:.1f} GB of memory is free: close something")
     found: dict[str, Any] = {
-        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "versions": versions,
-        "extras": extras, "cores": os.cpu_count(), "memory_gb": round(memory.total / 2**30, 1),
+        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions, "extras": extras, "cores": os.cpu_count(), "memory_gb": round(memory.total / 2**30, 1),
         "memory_free_gb": round(memory.available / 2**30, 1), "cache": str(home), "cache_free_gb": round(free, 1),
     }  # fmt: skip
     if "torch" in versions:

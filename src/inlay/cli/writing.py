@@ -1,4 +1,4 @@
-"""What generate and chat share: a base with at most one adapter, and prompts inside the template it was trained with."""
+"""What generate and chat share: a base with at most one adapter, and prompts inside the adapter's own template."""
 
 from __future__ import annotations
 

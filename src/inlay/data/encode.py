@@ -91,7 +91,7 @@ class Encoder:
 
     def example(self, row: Row) -> Example:
         if self.chat is not None:
-            return self._conversation(row, self._turns(row))
+            return self._conversation(row, self.turns(row))
         if self.template.kind == "text":
             ids = [*self._ids(self._text(row)), self._end()]
             cut = max(0, len(ids) - self.max_length)
@@ -109,7 +109,7 @@ class Encoder:
         words = [(label, word) for label, listed in self.template.verbalizer.items() for word in listed]
         system = 0
         if self.chat is not None:
-            turns = self._turns(row)[:-1]
+            turns = self.turns(row)[:-1]
             opened = self.chat.text(turns, True, row.where)
             prompt = self._plain_ids(opened)
             joined = [self._plain_ids(opened + word) for _, word in words]
@@ -131,7 +131,7 @@ class Encoder:
     def prompt(self, row: Row) -> tuple[list[int], int]:
         """What stands before the answer, for generation, and the place of virtual tokens in it."""
         if self.chat is not None:
-            return self.asked(self._turns(row, answered=False), row.where)
+            return self.asked(self.turns(row, answered=False), row.where)
         ids = self._ids(self.template.prompt_of(row))
         return self._asked(ids, self._opening(ids))
 
@@ -175,7 +175,7 @@ class Encoder:
 
     # ---- conversations
 
-    def _turns(self, row: Row, answered: bool = True) -> list[Turn]:
+    def turns(self, row: Row, answered: bool = True) -> list[Turn]:
         """The row as a conversation, with its answer or up to it."""
         if self.template.kind == "messages":
             turns = turns_of(row.values.get(self.template.answer), row.where, self.template.answer)

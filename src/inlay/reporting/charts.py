@@ -152,7 +152,8 @@ def _svg(title: str, parts: Sequence[str]) -> str:
 
 def _legend(curves: Sequence[Line]) -> str:
     named = "".join(
-        f'<span><i style="background:var({curve.colour});opacity:{0.4 if curve.faint else 1}"></i>{escape(curve.name)}</span>'
+        f'<span><i style="background:var({curve.colour});opacity:{0.4 if curve.faint else 1}"></i>'
+        f"{escape(curve.name)}</span>"
         for curve in curves
     )
     return f'<div class="legend">{named}</div>'
