@@ -10,7 +10,7 @@ LAYERS = [
     {"errors", "files"},
     {"methods", "sites", "stream"},
     {"bases", "formats", "data", "bank"},
-    {"training", "evaluation", "merging", "reporting"},
+    {"training", "evaluation", "merging", "reporting", "integrations"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inlay.bank.bank import Bank, attach
+    from inlay.integrations.trainer import InlayCallback
     from inlay.methods.bottleneck import Houlsby, Pfeiffer
     from inlay.methods.ia3 import IA3
     from inlay.methods.lora import LoRA
@@ -18,6 +19,7 @@ __all__ = [
     "IA3",
     "Bank",
     "Houlsby",
+    "InlayCallback",
     "LoRA",
     "NormTuning",
     "Pfeiffer",
@@ -35,6 +37,7 @@ _WHERE = {
     "Houlsby": "inlay.methods.bottleneck",
     "Pfeiffer": "inlay.methods.bottleneck",
     "IA3": "inlay.methods.ia3",
+    "InlayCallback": "inlay.integrations.trainer",
     "LoRA": "inlay.methods.lora",
     "NormTuning": "inlay.methods.norm",
     "PrefixTuning": "inlay.methods.prefix",

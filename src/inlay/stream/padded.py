@@ -129,7 +129,13 @@ class PaddedCall(Call):
         if positions is None:
             plain = self.stack.plain_positions(ids, mask, real)
             positions = torch.where(moved > 0, self.stack.real_positions(mask, real), plain)
-        positions = positions.expand(len(self.blends), length) + moved
+        positions = positions.expand(len(self.blends), length)
+        behind = mask[:, -length:].bool()
+        if bool(((positions.diff(dim=1) < 0) & behind[:, 1:] & behind[:, :-1]).any()):
+            raise UsageError(
+                "packed rows have no place for prefixes and virtual tokens", "Use padded rows, or a stream."
+            )
+        positions = positions + moved
         if self.widest and not real and self.source is not None:
             # Tokens before the virtual ones are not moved by them, and virtual token j follows those by j.
             virtual, places = self.virtual[:, None], self.places[:, None]
