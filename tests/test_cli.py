@@ -190,3 +190,46 @@ def test_help_is_quick_and_methods_are_listed():
     )  # fmt: skip
     assert loaded.stdout.strip() == "False"
     assert set(answer("methods")["methods"]) == set(METHODS)
+
+
+def test_chat_keeps_the_conversation_and_switches(base_folder, monkeypatch, trained):
+    typed = "question\n/base\nquestion\n/adapter\n/reset\n\nquestion\n/quit\nnever\n"
+    given = ["--base", base_folder, "--max-new-tokens", 3, "--temperature", 0, "--dtype", "float32"]
+    plain = CliRunner().invoke(app, [str(a) for a in ["chat", *given]], input=typed)
+    assert plain.exit_code == 0 and plain.stderr.count("plain base answers") == 2
+    said = CliRunner().invoke(app, [str(a) for a in ["chat", *given, "--adapter", trained[0] / "adapter"]], input=typed)
+    assert said.exit_code == 0 and "stands alone" in said.stderr and "the adapter answers" in said.stderr
+    assert call("chat", "--base", base_folder, "--top-p", 0, code=2).stderr.count("\n") == 1
+
+
+def test_doctor_looks_at_the_machine():
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    told = json.loads(result.stdout)
+    assert told["gflops"] > 0 and told["dtype"] in ("float32", "bfloat16") and told["versions"]["torch"]
+    assert result.exit_code == bool(told["troubles"])
+
+
+def test_trackers_get_the_numbers(base_folder, reviews, tmp_path):
+    out = tmp_path / "run"
+    given = ["--base", base_folder, "--data", reviews, *WORDS, "--steps", 4, "--eval-every", 2, "--heldout", "0.2"]
+    answer("train", *given, "--out", out, "--track", "tensorboard")
+    events = list((out / "track").rglob("events.*"))
+    assert events and any(b"heldout/loss" in file.read_bytes() for file in events)
+    assert "Trackers: " in call("train", *given, "--out", tmp_path / "b", "--track", "paper", code=2).stderr
+
+
+def test_a_run_has_a_report_a_card_and_a_plan_of_memory(trained):
+    out, result = trained
+    assert "<svg" in (out / "report.html").read_text() and "held-out" in (out / "adapter" / "README.md").read_text()
+    story = json.loads((out / "run.json").read_text())
+    assert story["memory"]["estimate_mb"] > story["memory"]["least_mb"] > 0
+    assert story["samples"] and sum(map(sum, story["confusion"]["adapter"])) == story["data"]["heldout_rows"]
+    assert result["duplicates"] == 0 and (out / "last" / "adapter_model.safetensors").exists()
+
+
+def test_a_limit_below_the_base_is_refused_before_training(base_folder, reviews, tmp_path):
+    said = call(
+        "train", "--base", base_folder, "--data", reviews, *WORDS, "--out", tmp_path / "run", "--memory-limit", "10MB",
+        code=1,
+    ).stderr  # fmt: skip
+    assert "the limit is 10 MB" in said and not (tmp_path / "run" / "metrics.jsonl").exists()

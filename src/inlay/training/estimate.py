@@ -15,12 +15,14 @@ from .memory import MB, Room, current_memory_mb, saved_bytes
 
 __all__ = ["estimate_mb"]
 
+KERNELS_MB = 150
+"""What compiled kernels of a CPU's matrix products take; in bfloat16 it is up to twice as much."""
 LONGEST = 256
 """Tokens of the row that is tried."""
 
 
 def estimate_mb(bank: Bank, contender: Contender, examples: Sequence[Example], room: Room) -> dict[str, float]:
-    """`estimate_mb` for steps as they will be, and `least_mb` where each forward takes one row.
+    """`estimate_mb` for steps as they will be, and `least_mb` where each forward takes one row; cuts `room` to it.
 
     One row runs forward, and what it keeps for its backward is counted; the largest step keeps that much a token. The
     adapter's gradients and two moments of its optimizer come on top of what is in use now.
@@ -34,5 +36,7 @@ def estimate_mb(bank: Bank, contender: Contender, examples: Sequence[Example], r
     sizes = sorted((len(example.ids) for example in examples), reverse=True)
     most = min(sum(sizes[: contender.plan.batch_size]), max(room.tokens, longest))
     states = 3 * sum(p.numel() * p.element_size() for p in contender.parameters)
-    fixed = current_memory_mb(room.device) + states / MB
+    fixed = current_memory_mb(room.device) + states / MB + (KERNELS_MB if room.device.type == "cpu" else 0)
+    room.fit(fixed, a_token / MB, longest)
+    most = min(most, max(room.tokens, longest))
     return {"estimate_mb": fixed + a_token * most / MB, "least_mb": fixed + a_token * longest / MB}

@@ -14,7 +14,7 @@ from inlay.data.encode import Example
 
 from .contender import Contender, Plan
 from .forward import Segment, batches, check_trainable, token_losses
-from .memory import Room, within
+from .memory import Room, bound_kernels, within
 
 __all__ = ["enter", "go_on", "train"]
 
@@ -43,6 +43,7 @@ def train(
 
 def enter(bank: Bank, plans: Sequence[Plan], rows: int) -> list[Contender]:
     """Add an adapter for each plan. Raises: UsageError where the base or a method cannot be trained so."""
+    bound_kernels()
     check_trainable(bank)
     adapters = [bank.add(plan.name, plan.method, seed=plan.seed) for plan in plans]
     return [Contender(plan, adapter, rows) for plan, adapter in zip(plans, adapters, strict=True)]
