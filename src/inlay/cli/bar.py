@@ -45,5 +45,16 @@ class Bar:
         speed = (contender.tokens - self._start[1]) / max(seconds, 1e-9) if contender.step > self._start[0] else 0
         self.progress.update(
             self.task, completed=contender.step, loss=f"loss {contender.loss:.3f}", speed=f"{speed:.0f}",
-            memory=f"{current_memory_mb():.0f} (peak {peak_memory_mb():.0f})",
+            memory=f"{current_memory_mb():.0f} (peak {peak_memory_mb():.0f}){_on_gpu(contender)}",
         )  # fmt: skip
+
+
+def _on_gpu(contender: Any) -> str:
+    """Memory on the GPU that the adapter is on, if it is on one."""
+    device = contender.parameters[0].device
+    if device.type != "cuda":
+        return ""
+    import torch
+
+    now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    return f" + GPU {now / 2**20:.0f} (peak {peak / 2**20:.0f})"

@@ -99,6 +99,7 @@ class _Work:
             self.say(f"{folder.path} holds no whole checkpoint: starting afresh")
         self.estimate = estimate_mb(self.bank, contender, self.prepared.examples, self.room)
         self._check_room()
+        self.say(f"about {self.estimate['estimate_mb']:,.0f} MB of memory will be needed")
         write_json(folder.story, self._story("running"))
         self.session.go(on_step, settings.gradient_checkpointing)
         if self.session.interrupted:
