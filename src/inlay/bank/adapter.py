@@ -41,7 +41,9 @@ class Adapter:
 
     def at(self, path: str, dtype: torch.dtype | None = None) -> Params:
         """The parameters of one site in the dtype of the computation; gradients reach the float32 originals."""
-        return Params({key: value if dtype is None else value.to(dtype) for key, value in self.params[path].items()})
+        params = Params(self.params[path])
+        params.dtype = dtype
+        return params
 
     def __len__(self) -> int:
         return sum(p.numel() for p in self.parameters())

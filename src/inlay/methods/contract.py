@@ -23,9 +23,20 @@ __all__ = ["Method", "Params", "Site", "Structure", "parse_layers", "select_proj
 
 
 class Params(dict[str, Tensor]):
-    """The parameters of one adapter at one site, by name, in the dtype of the computation."""
+    """The parameters of one adapter at one site, by name; `params[name]` is in the dtype of the computation.
+
+    `params.own(name)` is what is trained itself, for functions that cast it, and its gradient, on their own.
+    """
 
     dropper: Callable[[Tensor, float], Tensor] | None = None
+    dtype: torch.dtype | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = super().__getitem__(name)
+        return value if self.dtype is None else value.to(self.dtype)
+
+    def own(self, name: str) -> Tensor:
+        return super().__getitem__(name)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Dropout that is the same for a token wherever it stands in a batch; x itself outside of training."""

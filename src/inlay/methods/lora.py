@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from inlay.errors import FormatError, UsageError
@@ -86,9 +87,10 @@ class LoRA(Method):
         return {"A": a, "B": b}
 
     def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        a, b = params["A"], params["B"]
-        low = F.embedding(x, a.t()) if site.is_embedding else F.linear(params.drop(x, self.dropout), a)
-        return y + F.linear(low, b) * self.scale(site)
+        if site.is_embedding:
+            return y + F.linear(F.embedding(x, params["A"].t()), params["B"]) * self.scale(site)
+        x = params.drop(x, self.dropout)
+        return _Branch.apply(x, y, params.own("A"), params.own("B"), self.scale(site))  # pyright: ignore
 
     def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
         delta = params["B"] @ params["A"] * self.scale(site)
@@ -128,6 +130,31 @@ class LoRA(Method):
             use_rslora=bool(config.get("use_rslora")),
             dropout=float(config.get("lora_dropout") or 0.0),
         )
+
+
+class _Branch(torch.autograd.Function):
+    """y + s (x A^T) B^T, in one pass over y, keeping only x and x A^T beside A and B for the backward.
+
+    x and y are (..., in) and (..., out) in the base's dtype, A and B as they are trained.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        low = flat @ a.t().to(x.dtype)
+        ctx.save_for_backward(flat, low, a, b)
+        ctx.shape, ctx.scale = x.shape, scale
+        return torch.addmm(y.reshape(-1, y.shape[-1]), low, b.t().to(y.dtype), alpha=scale).view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, a, b = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_low = grad @ (b * ctx.scale).to(grad.dtype)
+        grad_x = (grad_low @ a.to(grad.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_b = (low.t() @ grad).t().to(b.dtype, memory_format=torch.contiguous_format) * ctx.scale
+        return grad_x, grads[0], (grad_low.t() @ x).to(a.dtype), grad_b, None
 
 
 def _patterned(patterns: Mapping[str, float], path: str, default: float) -> float:
