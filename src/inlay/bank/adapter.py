@@ -41,9 +41,7 @@ class Adapter:
 
     def at(self, path: str, dtype: torch.dtype | None = None) -> Params:
         """The parameters of one site in the dtype of the computation; gradients reach the float32 originals."""
-        params = Params(self.params[path])
-        params.dtype = dtype
-        return params
+        return Params(self.params[path], dtype)
 
     def __len__(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -7,7 +7,7 @@ computes that site's new input or output for ONE adapter; which rows belong to w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,21 +22,29 @@ from inlay.sites.site import Site
 __all__ = ["Method", "Params", "Site", "Structure", "parse_layers", "select_projections"]
 
 
-class Params(dict[str, Tensor]):
+class Params(Mapping[str, Tensor]):
     """The parameters of one adapter at one site, by name; `params[name]` is in the dtype of the computation.
 
     `params.own(name)` is what is trained itself, for functions that cast it, and its gradient, on their own.
     """
 
     dropper: Callable[[Tensor, float], Tensor] | None = None
-    dtype: torch.dtype | None = None
+
+    def __init__(self, values: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+        self._values, self._dtype = values, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        value = super().__getitem__(name)
-        return value if self.dtype is None else value.to(self.dtype)
+        value = self._values[name]
+        return value if self._dtype is None else value.to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def own(self, name: str) -> Tensor:
-        return super().__getitem__(name)
+        return self._values[name]
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Dropout that is the same for a token wherever it stands in a batch; x itself outside of training."""

@@ -50,7 +50,7 @@ class NormTuning(Method):
         return {name: value.detach().clone().float() for name, value in own}
 
     def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return site.with_parameters(params, x)
+        return site.with_parameters(dict(params), x)
 
     def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
         return dict(params)
