@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from inlay.errors import UsageError
+from inlay.fused.twins import find_twins, in_place
 from inlay.sites.find import Structure
 from inlay.sites.hints import CACHES
 from inlay.sites.probe import attention_configs, attention_sites, uses_interface
@@ -83,6 +84,11 @@ class CallHooks:
         for embedding in {id(s.embedding): s.embedding for s in self.stacks}.values():
             self.handles.append(embedding.register_forward_hook(self._embed))
 
+    @cached_property
+    def _twins(self) -> dict[nn.Module, Any]:
+        with self.bank.in_force(Route([()])):  # the base alone
+            return find_twins(self.base.model)
+
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
@@ -109,6 +115,8 @@ class CallHooks:
         opened.enter_context(entered(call))
         if call.attends:
             opened.enter_context(taken_over(self.configs))
+        if torch.is_grad_enabled():
+            opened.enter_context(in_place(self._twins))
         return (), given
 
     def _padded(self, stack: Stack, route: Route, given: dict[str, Any]) -> PaddedCall:
