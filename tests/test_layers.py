@@ -7,7 +7,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "inlay"
 LAYERS = [
-    {"errors", "files"},
+    {"errors", "files", "fused"},
     {"methods", "sites", "stream"},
     {"bases", "formats", "data", "bank"},
     {"training", "evaluation", "merging", "reporting", "integrations"},

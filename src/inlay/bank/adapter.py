@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from inlay.methods.contract import Method, Params, Site, Structure
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "stacked"]
 
 
 class Adapter:
@@ -45,3 +45,9 @@ class Adapter:
 
     def __len__(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def stacked(adapters: Sequence[Adapter], path: str, dtype: torch.dtype) -> Params:
+    """The parameters of several adapters of the same settings at one site, each (K, ...)."""
+    own = [adapter.params[path] for adapter in adapters]
+    return Params({key: torch.stack([params[key] for params in own]) for key in own[0]}, dtype)

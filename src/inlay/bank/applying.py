@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from inlay.errors import UsageError
-from inlay.methods.contract import Site, Structure
+from inlay.methods.contract import Method, Site, Structure
 from inlay.stream.call import Call, current
 from inlay.stream.noise import Dropper, Noise
 from inlay.stream.padded import PaddedCall
 from inlay.stream.portions import Part, Portions
 
-from .adapter import Adapter
+from .adapter import Adapter, stacked
 from .calls import Route
 from .residual import Residuals
 
@@ -81,19 +82,72 @@ class SiteHooks:
             return None
         call = current()
         inside = call if call is not None and call.owner is self.adapters else None
-        portions, unfolded = _cut(inside, route, value)
-        pieces = portions.split(unfolded)
-        inputs = _split_like(portions, inside, route, x)
         residual = self.residuals.of(path)
-        streams = _split_like(portions, inside, route, residual)
-        new = [
-            self._blended(
-                part, path, inputs[i] if inputs else None, piece, streams[i] if streams else None, inside, route
-            )
-            for i, (part, piece) in enumerate(zip(portions.parts, pieces, strict=True))
-        ]
+        if inside is not None and len(inside.portions.parts) == 1 and not self._drops(users, route):
+            return self._blended(inside.portions.parts[0], path, x, value, residual, inside, route, x is not None)
+        portions, unfolded = _cut(inside, route, value)
+        inputs = None if x is None else _cut(inside, route, x)[1]
+        streams = None if residual is None else _cut(inside, route, residual)[1]
+        groups = self._groups(path, portions, route)
+        if len(groups) == 1 and len(groups[0]) > 1:
+            ins, whole, stream = (None if t is None else portions.ordered(t) for t in (inputs, unfolded, streams))
+            assert whole is not None
+            joined = portions.restored(self._together(groups[0], portions, path, ins, whole, stream))
+            return joined.reshape(value.shape) if inside is None else inside.fold(joined, value)
+        pieces = portions.split(unfolded)
+        given = [None if t is None else portions.split(t) for t in (inputs, streams)]
+        new = list(pieces)
+        for group in groups:
+            ins, stream = (None if t is None else [t[n] for n in group] for t in given)
+            if len(group) == 1:
+                part, piece = portions.parts[group[0]], pieces[group[0]]
+                own = (None if t is None else t[0] for t in (ins, stream))
+                new[group[0]] = self._blended(part, path, next(own), piece, next(own), inside, route)
+                continue
+            ins, stream = (None if t is None else torch.cat(t) for t in (ins, stream))
+            made = self._together(group, portions, path, ins, torch.cat([pieces[n] for n in group]), stream)
+            for n, piece in zip(group, made.split([portions.parts[n].size for n in group]), strict=True):
+                new[n] = piece
         joined = portions.join(new)
         return joined.reshape(value.shape) if inside is None else inside.fold(joined, value)
+
+    def _drops(self, users: list[str], route: Route) -> bool:
+        """Whether dropout is on at a site, whose masks belong to rows and segments."""
+        return route.noise is not None and any(getattr(self.adapters[u].method, "dropout", 0.0) for u in users)
+
+    def _groups(self, path: str, portions: Portions, route: Route) -> list[list[int]]:
+        """Numbers of parts, those together that one computation can serve: adapters with the same settings, alone."""
+        groups: list[list[int]] = []
+        heads: list[Method | None] = []
+        alone = route.noise is not None and self._drops(self._users[path], route)
+        for number, part in enumerate(portions.parts):
+            method = None
+            if not alone and len(part.blend) == 1 and part.blend[0][1] is None:
+                adapter = self.adapters[part.blend[0][0]]
+                method = adapter.method if path in adapter.sites else None
+            found = heads.index(method) if method is not None and method in heads else None
+            if found is not None:
+                groups[found].append(number)
+            else:
+                groups.append([number])
+                heads.append(method)
+        return groups
+
+    def _together(
+        self, group: list[int], portions: Portions, path: str, x: Tensor | None, value: Tensor, stream: Tensor | None
+    ) -> Tensor:
+        """New input or output of adapters with the same settings, whose tokens stand one behind the other."""
+        adapters = [self.adapters[portions.parts[n].blend[0][0]] for n in group]
+        site, method = adapters[0].sites[path], adapters[0].method
+        params = stacked(adapters, path, value.dtype)
+        start = portions.together(value, group)
+        if x is None:
+            new = method.inputs(params, start, site)
+        else:
+            seen = stream if site.kind == "sublayer" else x
+            assert seen is not None
+            new = method.outputs(params, portions.together(seen, group), start, site)
+        return portions.apart(new, group)
 
     def _changes_input(self, name: str, path: str) -> bool:
         adapter = self.adapters[name]
@@ -101,17 +155,19 @@ class SiteHooks:
 
     def _blended(
         self, part: Part, path: str, x: Tensor | None, value: Tensor, stream: Tensor | None, call: Call | None,
-        route: Route,
+        route: Route, spare: bool = False,
     ) -> Tensor:  # fmt: skip
         """Stacked adapters see one another's result; weighted ones each see the base's, and their changes add up."""
         out = value
         here = [(name, weight) for name, weight in part.blend if path in self.adapters[name].sites]
+        spare = spare and all(weight is None for _, weight in here)
         # A sublayer's adapters stand behind those of its last projection.
         for name, weight in sorted(here, key=lambda entry: self.adapters[entry[0]].sites[path].kind == "sublayer"):
             adapter = self.adapters[name]
             site, method = adapter.sites[path], adapter.method
             params = adapter.at(path, value.dtype)
             params.dropper = self._dropper(adapter, path, part, call, route, value)
+            params.may_overwrite = spare
             start = out if weight is None else value
             if x is None:
                 new = method.input(params, start, site)
@@ -154,8 +210,3 @@ def _cut(call: Call | None, route: Route, value: Tensor) -> tuple[Portions, Tens
         if sizes is not None and sum(sizes) == tokens:
             return Portions(route.blends, sizes), value.reshape(-1, width) if width else value.reshape(-1)
     raise UsageError(f"{tokens} tokens behind the stack belong to no segment", "Give `kept` with the segments.")
-
-
-def _split_like(portions: Portions, call: Call | None, route: Route, value: Tensor | None) -> tuple[Tensor, ...] | None:
-    """`value` (activations, or ids) cut like the activation it goes with."""
-    return None if value is None else portions.split(_cut(call, route, value)[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -106,17 +106,13 @@ class CallHooks:
             return None
         given = stack.arguments(args, kwargs)
         call = self._packed(stack, route) if route.lengths else self._padded(stack, route, given)
-        call.route = route
+        call.route, call.fused = route, torch.is_grad_enabled()
         given = call.prepare(given)
         if stack.part == "decoder" and not route.lengths:
             self._widen_cross_mask(given, route)
         self._check_cache(given.get(stack.cache), route.blends)
         self._bind_checkpoints(route, call)
-        opened.enter_context(entered(call))
-        if call.attends:
-            opened.enter_context(taken_over(self.configs))
-        if torch.is_grad_enabled():
-            opened.enter_context(in_place(self._twins))
+        opened.enter_context(self._inside(call))
         return (), given
 
     def _padded(self, stack: Stack, route: Route, given: dict[str, Any]) -> PaddedCall:
@@ -255,12 +251,18 @@ class CallHooks:
     @contextmanager
     def again(self, call: Any) -> Iterator[None]:
         """Enter `call` once more."""
-        with ExitStack() as contexts:
-            contexts.enter_context(entered(call))
-            if call is not None:
-                contexts.enter_context(self.bank.in_force(call.route))
-                if call.attends:
-                    contexts.enter_context(taken_over(self.configs))
+        with self.bank.in_force(call.route) if call is not None else nullcontext(), self._inside(call):
+            yield
+
+    @contextmanager
+    def _inside(self, call: PaddedCall | PackedCall | None) -> Iterator[None]:
+        """Make `call` the current one, with everything that stands in for the base's own while it lasts."""
+        attends = call is not None and call.attends
+        with (
+            entered(call),
+            taken_over(self.configs) if attends else nullcontext(),
+            in_place(self._twins) if call is not None and call.fused else nullcontext(),
+        ):
             yield
 
 

@@ -38,12 +38,13 @@ def find_twins(model: nn.Module) -> dict[nn.Module, Forward]:
 @contextmanager
 def in_place(twins: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Let each module run its twin's forward; its hooks and parameters stay its own."""
-    for module, forward in twins.items():
-        module.forward = forward
+    changed = [module for module in twins if "forward" not in vars(module)]  # none where a call is entered again
+    for module in changed:
+        module.forward = twins[module]
     try:
         yield
     finally:
-        for module in twins:
+        for module in changed:
             vars(module).pop("forward", None)
 
 

@@ -26,9 +26,11 @@ class Params(Mapping[str, Tensor]):
     """The parameters of one adapter at one site, by name; `params[name]` is in the dtype of the computation.
 
     `params.own(name)` is what is trained itself, for functions that cast it, and its gradient, on their own.
+    `may_overwrite` says that nobody else needs the y that `output` gets, so that the result may be written into it.
     """
 
     dropper: Callable[[Tensor, float], Tensor] | None = None
+    may_overwrite = False
 
     def __init__(self, values: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
         self._values, self._dtype = values, dtype
@@ -84,6 +86,14 @@ class Method(ABC):
         At a sublayer, y is what attention or MLP gives and x the residual stream that y will be added to.
         """
         return y
+
+    def inputs(self, params: Params, x: Tensor, site: Site) -> Tensor:
+        """`input` for K adapters of these settings at once: parameters (K, ...), x and the result (K, ..., in)."""
+        return torch.vmap(lambda own, x: self.input(Params(own), x, site))(dict(params), x)
+
+    def outputs(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """`output` for K adapters of these settings at once: parameters (K, ...), x (K, ..., in), y (K, ..., out)."""
+        return torch.vmap(lambda own, x, y: self.output(Params(own), x, y, site))(dict(params), x, y)
 
     def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
         """The module's parameters, by name and in its own layout, that make its plain forward equal to this adapter's.

@@ -76,6 +76,7 @@ def plain_call(module: nn.Module, params: Mapping[str, Tensor], *args: Tensor) -
     """Run `module` on `args` without its hooks, with `params` in the place of its own."""
     bare = object.__new__(type(module))
     bare.__dict__.update(module.__dict__)
+    bare.__dict__.pop("forward", None)  # what stands in for it holds on to `module`
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         bare.__dict__[hooks] = type(module.__dict__[hooks])()
     return torch.func.functional_call(bare, dict(params), args)

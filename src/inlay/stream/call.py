@@ -22,6 +22,8 @@ class Call(ABC):
     """Whether attention is taken over in this call, because prefixes or segments need it."""
     shaken = False
     """Whether noise is on the embeddings already."""
+    fused = False
+    """Whether gradients are taken, so that fused modules pay."""
     route: Any = None
     """What was in force when the call began; a later recomputation puts it in force again."""
 

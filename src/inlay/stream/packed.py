@@ -16,6 +16,7 @@ from .portions import Portions
 from .prefixes import Prefixes
 from .route import Blend
 from .stack import Stack
+from .taking import Own, Put, Take
 
 __all__ = ["PackedCall", "checked_places"]
 
@@ -40,37 +41,6 @@ class _StreamMask:
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self.held: dict[tuple[int, torch.dtype], Tensor] = {}
-
-
-class _Take(torch.autograd.Function):
-    """Rows of x (T, ...) by `index`; each row of x has exactly one real place, at `home` of the result."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, home: Tensor) -> Tensor:
-        ctx.save_for_backward(home)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (home,) = ctx.saved_tensors
-        return grads[0].index_select(0, home), None, None
-
-
-class _Put(torch.autograd.Function):
-    """The inverse of `_Take`: real places of x (b * n, ...) back in the order of the stream; padding is left out."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, home: Tensor, padding: Tensor) -> Tensor:
-        ctx.save_for_backward(index, padding)
-        return x.index_select(0, home)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        index, padding = ctx.saved_tensors
-        back = grads[0].index_select(0, index)
-        if padding.numel():
-            back.index_fill_(0, padding, 0)
-        return back, None, None, None
 
 
 class PackedCall(Call):
@@ -193,14 +163,14 @@ class PackedCall(Call):
         joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         index = torch.cat([block.index.reshape(-1) for block in self._blocks])
         padding = (~torch.cat([block.real.reshape(-1) for block in self._blocks])).nonzero()[:, 0]
-        return _Put.apply(joined, index, self.home, padding)[None], None  # pyright: ignore
+        return Put.apply(joined, index, self.home, padding)[None], None  # pyright: ignore
 
     def _taken(self, x: Tensor, block: _Block, flat: Tensor, home: Tensor | None) -> Tensor:
         """(b, n, heads, dim) of x (T, heads, dim)."""
         if home is not None:
-            taken = _Take.apply(x, flat, home)
+            taken = Take.apply(x, flat, home)
         else:  # several blocks share x, so each has a gradient for its own tokens alone
-            taken = _Own.apply(x, flat, block.real.reshape(-1).nonzero()[:, 0])
+            taken = Own.apply(x, flat, block.real.reshape(-1).nonzero()[:, 0])
         return taken.unflatten(0, block.index.shape)  # pyright: ignore
 
     def _bias(self, mask: _StreamMask, number: int, block: _Block, keys: int, dtype: torch.dtype) -> Tensor:
@@ -252,22 +222,6 @@ def checked_places(places: Sequence[int] | None, lengths: Sequence[int]) -> list
 
 def _outside(index: Tensor, start: int, width: int) -> Tensor:
     return (index < start) | (index >= start + width)
-
-
-class _Own(torch.autograd.Function):
-    """Rows of x by `index`, where only the places `real` of the result send a gradient back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(index, real)
-        ctx.size = len(x)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        index, real = ctx.saved_tensors
-        back = grads[0].new_zeros(ctx.size, *grads[0].shape[1:])
-        return back.index_copy_(0, index[real], grads[0].index_select(0, real)), None, None
 
 
 def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .route import Blend
+from .taking import Put, Take
 
 __all__ = ["Part", "Portions"]
 
@@ -35,6 +36,7 @@ class Portions:
             units.setdefault(blend, []).append(number)
         self.parts = [Part(blend, tuple(own), sum(sizes[u] for u in own)) for blend, own in units.items()]
         self.total = sum(sizes)
+        self._padded: dict[tuple[int, ...], _Padded] = {}
         self._order = self._moved([u for part in self.parts for u in part.units], sizes)
 
     def _moved(self, order: list[int], sizes: Sequence[int]) -> Tensor | None:
@@ -45,18 +47,65 @@ class Portions:
             starts.append(starts[-1] + size)
         return torch.cat([torch.arange(starts[u], starts[u + 1]) for u in order])
 
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """`tensor` with each part's tokens, or rows, side by side."""
+        if self._order is None:
+            return tensor
+        self._order = self._order.to(tensor.device)
+        return tensor.index_select(0, self._order)
+
+    def restored(self, tensor: Tensor) -> Tensor:
+        """The inverse of `ordered`."""
+        return tensor if self._order is None else tensor.index_select(0, self._order.argsort())
+
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The parts of `tensor` along dimension 0, in the order of `parts`."""
         if len(self.parts) == 1:
             return (tensor,)
-        if self._order is not None:
-            self._order = self._order.to(tensor.device)
-            tensor = tensor.index_select(0, self._order)
-        return tensor.split([part.size for part in self.parts])
+        return self.ordered(tensor).split([part.size for part in self.parts])
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The inverse of `split`."""
-        if len(pieces) == 1:
-            return pieces[0]
-        joined = torch.cat(list(pieces))
-        return joined if self._order is None else joined.index_select(0, self._order.argsort())
+        return pieces[0] if len(pieces) == 1 else self.restored(torch.cat(list(pieces)))
+
+    def together(self, tensor: Tensor, numbers: Sequence[int]) -> Tensor:
+        """Parts `numbers` of a tensor that holds them alone, one behind the other, as (K, size of the largest, ...)."""
+        sizes = tuple(self.parts[n].size for n in numbers)
+        if len(set(sizes)) == 1:
+            return tensor.reshape(len(sizes), sizes[0], *tensor.shape[1:])
+        padded = self._padding(sizes, tensor.device)
+        taken: Tensor = Take.apply(tensor, padded.index, padded.home)  # pyright: ignore
+        return taken.unflatten(0, (len(sizes), max(sizes)))
+
+    def apart(self, tensor: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The inverse of `together`."""
+        sizes = tuple(self.parts[n].size for n in numbers)
+        flat = tensor.flatten(0, 1)
+        if len(set(sizes)) == 1:
+            return flat
+        padded = self._padding(sizes, tensor.device)
+        return Put.apply(flat, padded.index, padded.home, padded.padding)  # pyright: ignore
+
+    def _padding(self, sizes: tuple[int, ...], device: torch.device) -> _Padded:
+        if sizes not in self._padded:
+            self._padded[sizes] = _Padded.of(sizes, device)
+        return self._padded[sizes]
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """Parts of `sizes` laid out as equally many rows: `index` (K * n,) what stands where, padding repeats a part's
+    first; `home` (total,) where each is; `padding` the places that are none."""
+
+    index: Tensor
+    home: Tensor
+    padding: Tensor
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], device: torch.device) -> _Padded:
+        lengths = torch.tensor(sizes)[:, None]
+        starts = lengths.cumsum(0) - lengths
+        step = torch.arange(max(sizes))[None]
+        real = (step < lengths).flatten()
+        index = torch.where(step < lengths, starts + step, starts).flatten()
+        return cls(index.to(device), real.nonzero()[:, 0].to(device), (~real).nonzero()[:, 0].to(device))

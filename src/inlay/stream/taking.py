@@ -1,0 +1,57 @@
+"""Tokens of a stream taken into blocks and put back, with gradients that are taken and put the same way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Own", "Put", "Take"]
+
+
+class Take(torch.autograd.Function):
+    """Rows of x (T, ...) by `index`; each row of x has exactly one real place, at `home` of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, home: Tensor) -> Tensor:
+        ctx.save_for_backward(home)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (home,) = ctx.saved_tensors
+        return grads[0].index_select(0, home), None, None
+
+
+class Put(torch.autograd.Function):
+    """The inverse of `Take`: real places of x (b * n, ...) back in the order of the stream; padding is left out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, home: Tensor, padding: Tensor) -> Tensor:
+        ctx.save_for_backward(index, padding)
+        return x.index_select(0, home)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        index, padding = ctx.saved_tensors
+        back = grads[0].index_select(0, index)
+        if padding.numel():
+            back.index_fill_(0, padding, 0)
+        return back, None, None, None
+
+
+class Own(torch.autograd.Function):
+    """Rows of x by `index`, where only the places `real` of the result send a gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(index, real)
+        ctx.size = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        index, real = ctx.saved_tensors
+        back = grads[0].new_zeros(ctx.size, *grads[0].shape[1:])
+        return back.index_copy_(0, index[real], grads[0].index_select(0, real)), None, None
