@@ -112,9 +112,12 @@ def test_loraplus_rates_are_the_references():
     bank = inlay.attach(make("llama"))
     plan = Plan("a", inlay.LoRA(r=4, loraplus_lr_ratio=16), lr=1e-3)
     contender = enter(bank, [plan], 24)[0]
-    found = {id(p): group["lr"] for group in contender.optimizer.param_groups for p in group["params"]}
+    groups = contender.optimizer.param_groups
+    found = {p.untyped_storage().data_ptr(): group["lr"] for group in groups for p in group["params"]}
     ours = {
-        f"{path}.lora_{key}": found[id(p)] for path, own in bank.adapters["a"].params.items() for key, p in own.items()
+        f"{path}.lora_{key}": found[p.untyped_storage().data_ptr()]
+        for path, own in bank.adapters["a"].params.items()
+        for key, p in own.items()
     }
     assert ours == pytest.approx(expected)
 

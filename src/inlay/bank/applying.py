@@ -140,6 +140,7 @@ class SiteHooks:
         adapters = [self.adapters[portions.parts[n].blend[0][0]] for n in group]
         site, method = adapters[0].sites[path], adapters[0].method
         params = stacked(adapters, path, value.dtype)
+        params.may_overwrite = x is not None and len(group) == len(portions.parts)
         start = portions.together(value, group)
         if x is None:
             new = method.inputs(params, start, site)

@@ -90,16 +90,14 @@ class LoRA(Method):
         if site.is_embedding:
             return y + F.linear(F.embedding(x, params["A"].t()), params["B"]) * self.scale(site)
         x = params.drop(x, self.dropout)
-        given = x, y, params.own("A"), params.own("B"), self.scale(site)
-        # A linear layer's output is its own, unless it is a view; other modules may keep theirs for the backward.
-        if params.may_overwrite and type(site.module) is torch.nn.Linear and not y._is_view():
-            return _BranchInto.apply(*given)  # pyright: ignore
-        return _Branch.apply(*given)  # pyright: ignore
+        a, b = params.own("A"), params.own("B")
+        into = _owned(y, site) if params.may_overwrite else None
+        if into is None:
+            return _Branch.apply(x, y, a, b, self.scale(site))  # pyright: ignore
+        return _BranchInto.apply(x, into, a, b, self.scale(site)).view(y.shape)  # pyright: ignore
 
     def outputs(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        if site.is_embedding:
-            return super().outputs(params, x, y, site)
-        return _Branches.apply(x, y, params.own("A"), params.own("B"), self.scale(site))  # pyright: ignore
+        return super().outputs(params, x, y, site) if site.is_embedding else self.output(params, x, y, site)
 
     def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
         delta = params["B"] @ params["A"] * self.scale(site)
@@ -144,23 +142,25 @@ class LoRA(Method):
 class _Branch(torch.autograd.Function):
     """y + s (x A^T) B^T, in one pass over y, keeping only x and x A^T beside A and B for the backward.
 
-    x and y are (..., in) and (..., out) in the base's dtype, A and B as they are trained.
+    x and y are (..., in) and (..., out) in the base's dtype, A (r, in) and B (out, r) as they are trained; where A and
+    B are those of K adapters, (K, ...), so are x and y.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         low = _kept(ctx, x, a, b, scale)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), low, b.t().to(y.dtype), alpha=scale).view(y.shape)
+        made = torch.addmm if a.ndim == 2 else torch.baddbmm
+        return made(_by_tokens(y, a), low, b.mT.to(y.dtype), alpha=scale).view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, low, a, b = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad = _by_tokens(grads[0], a)
         grad_low = grad @ (b * ctx.scale).to(grad.dtype)
         grad_x = (grad_low @ a.to(grad.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_b = (low.t() @ grad).t().to(b.dtype, memory_format=torch.contiguous_format) * ctx.scale
-        return grad_x, grads[0], (grad_low.t() @ x).to(a.dtype), grad_b, None
+        grad_b = (low.mT @ grad).mT.to(b.dtype, memory_format=torch.contiguous_format) * ctx.scale
+        return grad_x, grads[0], (grad_low.mT @ x).to(a.dtype), grad_b, None
 
 
 class _BranchInto(_Branch):
@@ -168,41 +168,31 @@ class _BranchInto(_Branch):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low = _kept(ctx, x, a, b, scale)
-        y.view(-1, y.shape[-1]).addmm_(low, b.t().to(y.dtype), alpha=scale)
+        low, flat = _kept(ctx, x, a, b, scale), _by_tokens(y, a)
+        (flat.addmm_ if a.ndim == 2 else flat.baddbmm_)(low, b.mT.to(y.dtype), alpha=scale)
         ctx.mark_dirty(y)
         return y
 
 
-class _Branches(torch.autograd.Function):
-    """The same for K adapters at once: x (K, ..., in), y (K, ..., out), A (K, r, in), B (K, out, r)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        flat = x.reshape(len(x), -1, x.shape[-1])
-        low = flat @ a.mT.to(x.dtype)
-        ctx.save_for_backward(flat, low, a, b)
-        ctx.shape, ctx.scale = x.shape, scale
-        return torch.baddbmm(y.reshape(len(y), -1, y.shape[-1]), low, b.mT.to(y.dtype), alpha=scale).view(y.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        x, low, a, b = ctx.saved_tensors
-        grad = grads[0].reshape(len(x), -1, grads[0].shape[-1])
-        grad_low = grad @ (b * ctx.scale).to(grad.dtype)
-        grad_x = (grad_low @ a.to(grad.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_b = (low.mT @ grad).mT.to(b.dtype, memory_format=torch.contiguous_format) * ctx.scale
-        return grad_x, grads[0], (grad_low.mT @ x).to(a.dtype), grad_b, None
-
-
 def _kept(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """x A^T (tokens, r); what the backward needs is kept in `ctx`."""
-    flat = x.reshape(-1, x.shape[-1])
-    low = flat @ a.t().to(x.dtype)
+    flat = _by_tokens(x, a)
+    low = flat @ a.mT.to(x.dtype)
     ctx.save_for_backward(flat, low, a, b)
     ctx.shape, ctx.scale = x.shape, scale
     return low
+
+
+def _by_tokens(x: Tensor, a: Tensor) -> Tensor:
+    """x as (tokens, width), or (K, tokens, width) where `a` is K adapters'."""
+    return x.reshape(*a.shape[:-2], -1, x.shape[-1])
+
+
+def _owned(y: Tensor, site: Site) -> Tensor | None:
+    """The contiguous tensor that y is all of, if a plain linear layer made it: other modules may need theirs again."""
+    whole = y if y._base is None else y._base
+    plain = type(site.module) is torch.nn.Linear and whole.numel() == y.numel() and whole.is_contiguous()
+    return whole if plain and whole.shape[-1] == y.shape[-1] else None
 
 
 def _patterned(patterns: Mapping[str, float], path: str, default: float) -> float:

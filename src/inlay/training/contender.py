@@ -16,7 +16,8 @@ from inlay.data.encode import Example
 from inlay.errors import FormatError, UsageError
 from inlay.methods.contract import Method
 
-from .optimizers import make_optimizer
+from .flat import flattened
+from .optimizers import ELEMENTWISE, make_optimizer
 
 __all__ = ["Contender", "Plan"]
 
@@ -70,10 +71,11 @@ class Contender:
 
     def __init__(self, plan: Plan, adapter: Adapter, rows: int) -> None:
         self.plan, self.adapter = plan, adapter
-        self.parameters: list[nn.Parameter] = list(adapter.parameters())
+        groups = self._groups()
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self.batches = -(-rows // plan.batch_size)
         self.total = plan.steps or max(1, round(plan.epochs * self.batches))
-        self.optimizer = make_optimizer(plan.optimizer, self._groups(), plan.lr, plan.weight_decay)
+        self.optimizer = make_optimizer(plan.optimizer, groups, plan.lr, plan.weight_decay)
         self.schedule = self._schedule()
         self.rows, self.step, self.tokens = rows, 0, 0
         self.stopped = ""
@@ -90,12 +92,16 @@ class Contender:
         return self.stopped.startswith("diverged")
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Parameters by the learning rate that their method gives them (LoRA+ for one)."""
+        """What is trained, by the learning rate that its method gives it (LoRA+ for one)."""
         groups: dict[float, list[nn.Parameter]] = {}
         for path, values in self.adapter.params.items():
             for key, parameter in values.items():
                 groups.setdefault(self.plan.method.rate(self.adapter.sites.get(path), key), []).append(parameter)
-        return [{"params": params, "lr": self.plan.lr * rate} for rate, params in groups.items()]
+        whole = self.plan.optimizer in ELEMENTWISE
+        return [
+            {"params": [flattened(params)] if whole else params, "lr": self.plan.lr * rate}
+            for rate, params in groups.items()
+        ]
 
     def _schedule(self) -> Any:
         from transformers import get_scheduler
@@ -137,7 +143,7 @@ class Contender:
             self.stopped = "stopped early"
 
     def forget_gradients(self) -> None:
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.plan.optimizer not in ELEMENTWISE)
 
     # ---- what it has learned, and everything it needs to go on
 

@@ -9,7 +9,7 @@ import torch
 
 from inlay.errors import InlayError, UsageError
 
-__all__ = ["OPTIMIZERS", "make_optimizer"]
+__all__ = ["ELEMENTWISE", "OPTIMIZERS", "make_optimizer"]
 
 Groups = Sequence[dict[str, Any]]
 Make = Callable[[Groups, float, float], torch.optim.Optimizer]
@@ -58,6 +58,10 @@ OPTIMIZERS: dict[str, Make] = {
     "schedule-free": _schedule_free,
     "adamw-8bit": _adamw_8bit,
 }
+
+
+ELEMENTWISE = frozenset({"adamw", "sgd", "lion", "schedule-free"})
+"""Those to which the shapes of tensors mean nothing, so that an adapter's may be one."""
 
 
 def make_optimizer(name: str, groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
