@@ -149,9 +149,10 @@ def touches_positions(bank, row):
 PACKS = [name for name in ZOO if name not in ("bloom", "t5", "vit", "mamba", "roberta")] + ["roberta"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", list(ZOO))
-def test_which_bases_keep_packed_segments_apart(name):
-    bank = inlay.attach(make(name))
+def test_which_bases_keep_packed_segments_apart(name, dtype):
+    bank = inlay.attach(make(name).to(dtype))
     assert bank.packs == (name in PACKS)
     if not bank.packs:
         with pytest.raises(UsageError, match="route"), bank.stream([(None, 3)]):
