@@ -20,8 +20,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-METHODS = ("lora", "houlsby", "pfeiffer", "prefix", "prompt", "ia3", "norm")
-
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,6 +71,8 @@ class Case:
 
 
 def methods() -> list[Case]:
+    from inlay.methods.table import METHODS
+
     return [Case(name, 16, 32, method=name) for name in METHODS]
 
 
@@ -110,20 +110,16 @@ def alone(a: argparse.Namespace, number: int) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def peak_mb() -> int:
-    """The most this process has held; getrusage's figure would also count what the one that started it held."""
-    status = Path("/proc/self/status").read_text(encoding="utf8")
-    return int(status.split("VmHWM:")[1].split()[0]) // 1024
-
-
 def table(a: argparse.Namespace) -> None:
+    from inlay.training.memory import peak_memory_mb
+
     cases = TABLES[a.what]()
     bank = attached(a)
     if a.only is not None:
         cases[a.only].enter(bank, a.only)
         for _ in range(4):
             cases[a.only].step(bank)
-        print(peak_mb())
+        print(round(peak_memory_mb()))
         return
     times: list[list[float]] = [[] for _ in cases]
     for number, case in enumerate(cases):
@@ -148,6 +144,7 @@ def amount(a: argparse.Namespace) -> None:
     from inlay.methods.table import METHODS
     from inlay.training.contender import Plan
     from inlay.training.loop import train
+    from inlay.training.memory import peak_memory_mb
 
     shown = Table("data", "seconds", "ms a row", "peak MB so far")
     bank = attached(a)
@@ -159,7 +156,9 @@ def amount(a: argparse.Namespace) -> None:
         train(bank, [Plan(f"run-{number}", METHODS["lora"]())], made)
         seconds = time.perf_counter() - begun
         if number:
-            shown.add_row(f"{label}, {rows} rows", f"{seconds:.1f}", f"{seconds / rows * 1000:.1f}", str(peak_mb()))
+            shown.add_row(
+                f"{label}, {rows} rows", f"{seconds:.1f}", f"{seconds / rows * 1000:.1f}", f"{peak_memory_mb():.0f}"
+            )
     Console(width=110).print(f"{a.base}, {a.dtype}", shown)
 
 

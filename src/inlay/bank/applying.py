@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -86,29 +85,19 @@ class SiteHooks:
         if inside is not None and len(inside.portions.parts) == 1 and not self._drops(users, route):
             return self._blended(inside.portions.parts[0], path, x, value, residual, inside, route, x is not None)
         portions, unfolded = _cut(inside, route, value)
-        inputs = None if x is None else _cut(inside, route, x)[1]
-        streams = None if residual is None else _cut(inside, route, residual)[1]
         groups = self._groups(path, portions, route)
-        if len(groups) == 1 and len(groups[0]) > 1:
-            ins, whole, stream = (None if t is None else portions.ordered(t) for t in (inputs, unfolded, streams))
-            assert whole is not None
-            joined = portions.restored(self._together(groups[0], portions, path, ins, whole, stream))
-            return joined.reshape(value.shape) if inside is None else inside.fold(joined, value)
-        pieces = portions.split(unfolded)
-        given = [None if t is None else portions.split(t) for t in (inputs, streams)]
-        new = list(pieces)
-        for group in groups:
-            ins, stream = (None if t is None else [t[n] for n in group] for t in given)
-            if len(group) == 1:
-                part, piece = portions.parts[group[0]], pieces[group[0]]
-                own = (None if t is None else t[0] for t in (ins, stream))
-                new[group[0]] = self._blended(part, path, next(own), piece, next(own), inside, route)
-                continue
-            ins, stream = (None if t is None else torch.cat(t) for t in (ins, stream))
-            made = self._together(group, portions, path, ins, torch.cat([pieces[n] for n in group]), stream)
-            for n, piece in zip(group, made.split([portions.parts[n].size for n in group]), strict=True):
-                new[n] = piece
-        joined = portions.join(new)
+        pieces = portions.split(unfolded, groups)
+        inputs, streams = (
+            [None] * len(groups) if t is None else portions.split(_cut(inside, route, t)[1], groups)
+            for t in (x, residual)
+        )
+        made = [
+            self._blended(portions.parts[group[0]], path, own, piece, stream, inside, route)
+            if len(group) == 1
+            else self._together(group, portions, path, own, piece, stream)
+            for group, own, piece, stream in zip(groups, inputs, pieces, streams, strict=True)
+        ]
+        joined = portions.join(made, groups)
         return joined.reshape(value.shape) if inside is None else inside.fold(joined, value)
 
     def _drops(self, users: list[str], route: Route) -> bool:
@@ -118,19 +107,16 @@ class SiteHooks:
     def _groups(self, path: str, portions: Portions, route: Route) -> list[list[int]]:
         """Numbers of parts, those together that one computation can serve: adapters with the same settings, alone."""
         groups: list[list[int]] = []
-        heads: list[Method | None] = []
-        alone = route.noise is not None and self._drops(self._users[path], route)
+        methods: list[Method | None] = []
+        alone = self._drops(self._users[path], route)
         for number, part in enumerate(portions.parts):
-            method = None
-            if not alone and len(part.blend) == 1 and part.blend[0][1] is None:
-                adapter = self.adapters[part.blend[0][0]]
-                method = adapter.method if path in adapter.sites else None
-            found = heads.index(method) if method is not None and method in heads else None
-            if found is not None:
-                groups[found].append(number)
+            adapter = self.adapters[part.blend[0][0]] if len(part.blend) == 1 and part.blend[0][1] is None else None
+            method = None if alone or adapter is None or path not in adapter.sites else adapter.method
+            if method is not None and method in methods:
+                groups[methods.index(method)].append(number)
             else:
                 groups.append([number])
-                heads.append(method)
+                methods.append(method)
         return groups
 
     def _together(

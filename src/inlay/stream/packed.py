@@ -16,7 +16,7 @@ from .portions import Portions
 from .prefixes import Prefixes
 from .route import Blend
 from .stack import Stack
-from .taking import Own, Put, Take
+from .taking import Own, Put, Take, laid_out
 
 __all__ = ["PackedCall", "checked_places"]
 
@@ -196,12 +196,8 @@ class PackedCall(Call):
         return mask.held[spot]
 
     def _block(self, units: list[int]) -> _Block:
-        longest = max(self.lengths[u] for u in units)
-        step = torch.arange(longest)
-        lengths = torch.tensor([self.lengths[u] for u in units])[:, None]
-        starts = torch.tensor([self.starts[u] for u in units])[:, None]
-        real = step[None] < lengths
-        return _Block(units, torch.where(real, starts + step, starts), real)
+        starts, lengths = (torch.tensor([own[u] for u in units]) for own in (self.starts, self.lengths))
+        return _Block(units, *laid_out(starts, lengths))
 
     def _homes(self) -> Tensor:
         """(T,) the place of each token in the blocks laid end to end."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .route import Blend
-from .taking import Put, Take
+from .taking import Put, Take, laid_out
 
 __all__ = ["Part", "Portions"]
 
@@ -47,26 +47,25 @@ class Portions:
             starts.append(starts[-1] + size)
         return torch.cat([torch.arange(starts[u], starts[u + 1]) for u in order])
 
-    def ordered(self, tensor: Tensor) -> Tensor:
-        """`tensor` with each part's tokens, or rows, side by side."""
-        if self._order is None:
-            return tensor
-        self._order = self._order.to(tensor.device)
-        return tensor.index_select(0, self._order)
+    def split(self, tensor: Tensor, groups: Sequence[Sequence[int]]) -> list[Tensor]:
+        """What each of `groups` of part numbers has of `tensor` along dimension 0, its parts one behind the other."""
+        if self._order is not None:
+            self._order = self._order.to(tensor.device)
+            tensor = tensor.index_select(0, self._order)
+        if len(groups) == 1:
+            return [tensor]
+        pieces = tensor.split([part.size for part in self.parts])
+        return [pieces[g[0]] if len(g) == 1 else torch.cat([pieces[n] for n in g]) for g in groups]
 
-    def restored(self, tensor: Tensor) -> Tensor:
-        """The inverse of `ordered`."""
-        return tensor if self._order is None else tensor.index_select(0, self._order.argsort())
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The parts of `tensor` along dimension 0, in the order of `parts`."""
-        if len(self.parts) == 1:
-            return (tensor,)
-        return self.ordered(tensor).split([part.size for part in self.parts])
-
-    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+    def join(self, made: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
         """The inverse of `split`."""
-        return pieces[0] if len(pieces) == 1 else self.restored(torch.cat(list(pieces)))
+        joined = made[0]
+        if len(groups) > 1:
+            pieces: dict[int, Tensor] = {}
+            for own, numbers in zip(made, groups, strict=True):
+                pieces.update(zip(numbers, own.split([self.parts[n].size for n in numbers]), strict=True))
+            joined = torch.cat([pieces[n] for n in range(len(self.parts))])
+        return joined if self._order is None else joined.index_select(0, self._order.argsort())
 
     def together(self, tensor: Tensor, numbers: Sequence[int]) -> Tensor:
         """Parts `numbers` of a tensor that holds them alone, one behind the other, as (K, size of the largest, ...)."""
@@ -103,9 +102,8 @@ class _Padded:
 
     @classmethod
     def of(cls, sizes: Sequence[int], device: torch.device) -> _Padded:
-        lengths = torch.tensor(sizes)[:, None]
-        starts = lengths.cumsum(0) - lengths
-        step = torch.arange(max(sizes))[None]
-        real = (step < lengths).flatten()
-        index = torch.where(step < lengths, starts + step, starts).flatten()
-        return cls(index.to(device), real.nonzero()[:, 0].to(device), (~real).nonzero()[:, 0].to(device))
+        lengths = torch.tensor(sizes)
+        index, real = laid_out(lengths.cumsum(0) - lengths, lengths)
+        places = real.flatten()
+        home, padding = (where.nonzero()[:, 0].to(device) for where in (places, ~places))
+        return cls(index.flatten().to(device), home, padding)

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Own", "Put", "Take"]
+__all__ = ["Own", "Put", "Take", "laid_out"]
+
+
+def laid_out(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Spans of `lengths` (b,) from `starts` (b,) as rows (b, longest): which token stands where, and which places are
+    real. Padding repeats its own span's first token."""
+    step = torch.arange(int(lengths.max()))[None]
+    real = step < lengths[:, None]
+    return torch.where(real, starts[:, None] + step, starts[:, None]), real
 
 
 class Take(torch.autograd.Function):
