@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from typer.testing import CliRunner
 
 import inlay
+from inlay.bases.load import load_base
+from inlay.cli.app import app
+from inlay.errors import InlayError, UsageError
+from inlay.training.settings import differences
 from zoo import make
+
+IDS = torch.randint(3, 48, (3, 5), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,completion\n" + "question,answer\n" * 12)
+    return file
 
 
 def test_an_int8_base_carries_adapters():
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = make("llama", dtype=torch.float32)
-    ids = torch.randint(3, 48, (3, 5), generator=torch.Generator().manual_seed(0))
-    plain = model(input_ids=ids).logits
+    plain = model(input_ids=IDS).logits
     quantize_(
         model, Int8WeightOnlyConfig(), filter_fn=lambda m, name: isinstance(m, torch.nn.Linear) and "head" not in name
     )
-    before = model(input_ids=ids).logits
+    before = model(input_ids=IDS).logits
     assert not torch.equal(before, plain)
+    _mixes(model, before)
+
+
+def test_a_4bit_base_carries_adapters(base_folder):
+    model = load_base(str(base_folder), "float32", "cpu", "4bit").model
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    before = model(input_ids=IDS).logits
+    assert not torch.equal(before, load_base(str(base_folder), "float32", "cpu").model(input_ids=IDS).logits)
+    _mixes(model, before)
+
+
+def _mixes(model, before):
+    """Rows through two adapters and none, forward and backward, beside `before`, the plain model's logits."""
     bank = inlay.attach(model)
     bank.add("a", inlay.LoRA(r=2), seed=1)
     bank.add("b", inlay.PrefixTuning(num_virtual_tokens=2), seed=1)
@@ -26,8 +56,75 @@ def test_an_int8_base_carries_adapters():
         for parameter in bank.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     with bank.route(["a", None, "b"]):
-        mixed = model(input_ids=ids).logits
+        mixed = model(input_ids=IDS).logits
     torch.testing.assert_close(mixed[1], before[1], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(mixed[0], before[0], atol=1e-3) and not torch.allclose(mixed[2], before[2], atol=1e-3)
     mixed.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in bank.parameters())
+
+
+def test_lora_on_a_4bit_base_equals_the_reference(base_folder, tmp_path):
+    ours = load_base(str(base_folder), "float32", "cpu", "4bit").model
+    bank = inlay.attach(ours)
+    adapter = bank.add("a", inlay.LoRA(r=4), seed=1)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    bank.save("a", tmp_path / "a")
+    with bank.route(["a"] * 3):
+        logits = ours(input_ids=IDS).logits
+    logits.square().sum().backward()
+
+    targets = [path.rpartition(".")[2] for path in adapter.sites]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=sorted(set(targets)))
+    theirs = get_peft_model(load_base(str(base_folder), "float32", "cpu", "4bit").model, config)
+    with torch.no_grad():
+        for path in adapter.sites:
+            layer = theirs.get_submodule(f"base_model.model.{path}")
+            layer.lora_A["default"].weight.copy_(adapter.params[path]["A"])
+            layer.lora_B["default"].weight.copy_(adapter.params[path]["B"])
+    expected = theirs(input_ids=IDS).logits
+    expected.square().sum().backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for path in adapter.sites:
+        layer = theirs.get_submodule(f"base_model.model.{path}")
+        for key, part in (("A", layer.lora_A), ("B", layer.lora_B)):
+            grad = adapter.params[path][key].grad
+            assert grad is not None
+            torch.testing.assert_close(grad, part["default"].weight.grad, rtol=1e-3, atol=1e-3 * grad.abs().max())
+
+
+def test_training_on_a_4bit_base_and_using_what_came_of_it(base_folder, rows, tmp_path):
+    def call(*words):
+        done = CliRunner().invoke(app, [*map(str, words), "--base", str(base_folder), "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout.splitlines()[-1])
+
+    out = tmp_path / "run"
+    trained = call("train", "--data", rows, "--out", out, "--quantize", "4bit", "--batch-size", 4, "--epochs", 4)
+    assert trained["tokens_per_second"] > 0
+    assert "--quantize 4bit" in (out / "adapter/README.md").read_text()
+    for quantize in ([], ["--quantize", "4bit"]):  # on the whole base too
+        scores = call("eval", "--data", rows, "--adapter", out / "adapter", *quantize)
+        assert scores["adapters"][str(out / "adapter")]["loss"] < scores["base"]["loss"]
+    told = json.loads((out / "run.json").read_text())["config"]
+    assert differences(told, {**told, "quantize": None}) == ["quantize was '4bit', is None"]
+    assert call("merge", "--adapter", out / "adapter", "--out", tmp_path / "merged")["max_difference"] < 1e-3
+
+
+def test_what_cannot_be_quantized(base_folder, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="quantization '3bit' is not known"):
+        load_base(str(base_folder), "float32", "cpu", "3bit")
+    with pytest.raises(UsageError, match="float64"):
+        load_base(str(base_folder), "float64", "cpu", "4bit")
+    base = load_base(str(base_folder), "float32", "cpu", "4bit")
+    base.model.save_pretrained(tmp_path / "small")
+    with pytest.raises(UsageError, match="quantized already"):
+        load_base(str(tmp_path / "small"), "float32", "cpu", "4bit")
+    bank = inlay.attach(base.model)
+    bank.add("a", inlay.LoRA(r=2))
+    with pytest.raises(UsageError, match="quantized"):
+        bank.merge("a")
+    monkeypatch.setattr("inlay.bases.quantize.find_spec", lambda name: None)
+    with pytest.raises(InlayError, match=r"needs bitsandbytes and accelerate.*inlay\[quantize\]"):
+        load_base(str(base_folder), "float32", "cpu", "4bit")

@@ -231,6 +231,10 @@ class Bank:
         """
         normalise(name, self.adapters)
         adapter = self.adapters[name]
+        if any(site.quantized for site in adapter.sites.values()):
+            raise UsageError(
+                f"{name!r} cannot be merged into quantized weights", "Merge it into the base as it was: `inlay merge`."
+            )
         merged: list[tuple[nn.Module, str, Tensor]] = []
         for path, site in adapter.sites.items():
             params = Params({key: value.detach() for key, value in adapter.params.get(path, {}).items()})

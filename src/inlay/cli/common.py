@@ -24,6 +24,7 @@ __all__ = [
     "Device",
     "Dtype",
     "Json",
+    "Quantize",
     "Set",
     "columns_of",
     "console",
@@ -37,6 +38,9 @@ console = Console(stderr=True)
 BaseName = Annotated[str, typer.Option("--base", help="smollm2, a model folder, a .gguf file or a hub id (org/name).")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; the best there is by default.")]
+Quantize = Annotated[
+    str | None, typer.Option("--quantize", help="4bit loads the base's linear layers in NF4 (bitsandbytes).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of the method: --set r=16 --set targets=qv.")]
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="An adapter's folder; may be repeated.")]

@@ -18,7 +18,7 @@ from .common import Json, console, emit, guarded
 NEEDED = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "pyarrow")
 EXTRAS = {
     "accelerate": "track", "tensorboard": "track", "lion-pytorch": "optimizers", "schedulefree": "optimizers",
-    "torchao": "optimizers, quantized bases", "peft": "checking against it",
+    "bitsandbytes": "quantize", "torchao": "optimizers, quantized bases", "peft": "checking against it",
 }  # fmt: skip
 
 

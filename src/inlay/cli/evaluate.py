@@ -9,7 +9,7 @@ import typer
 
 from inlay.errors import UsageError
 
-from .common import Adapters, BaseName, Device, Dtype, Json, columns_of, console, emit, guarded
+from .common import Adapters, BaseName, Device, Dtype, Json, Quantize, columns_of, console, emit, guarded
 
 Option = typer.Option
 
@@ -27,6 +27,7 @@ def command(
     tokens_at_once: Annotated[int, Option(help="Tokens in one forward; lower saves memory.")] = 4096,
     dtype: Dtype = "auto",
     device: Device = None,
+    quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """Score adapters and the plain base on the same rows, in the same pass.
@@ -54,7 +55,7 @@ def command(
         if found.template.kind == "label":
             for row in rows:
                 found.template.label_of(row)
-        opened = load_base(base, dtype, device)
+        opened = load_base(base, dtype, device, quantize)
         bank = attach(opened.model)
         for path in adapter or ():
             bank.load(path, path)

@@ -8,7 +8,7 @@ import typer
 
 from inlay.errors import UsageError
 
-from .common import BaseName, Device, Dtype, Json, emit, guarded
+from .common import BaseName, Device, Dtype, Json, Quantize, emit, guarded
 from .writing import open_writer, sampling
 
 Option = typer.Option
@@ -29,6 +29,7 @@ def command(
     chat: Annotated[bool, Option("--chat", help="Put the prompt into the model's own chat template.")] = False,
     dtype: Dtype = "auto",
     device: Device = None,
+    quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """Write an answer to a prompt.
@@ -39,7 +40,7 @@ def command(
         if prompt is None:
             raise UsageError("--prompt is missing", "Give --prompt.")
         settings = sampling(temperature, top_p, max_new_tokens, beams)
-        writer = open_writer(base, adapter, dtype, device, raw, chat)
+        writer = open_writer(base, adapter, (dtype, device, quantize), raw, chat)
         import torch
 
         torch.manual_seed(seed)

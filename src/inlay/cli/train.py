@@ -10,7 +10,7 @@ import typer
 from inlay.errors import UsageError
 
 from .bar import Bar
-from .common import BaseName, Device, Dtype, Json, Set, console, emit, from_file, guarded, pairs
+from .common import BaseName, Device, Dtype, Json, Quantize, Set, console, emit, from_file, guarded, pairs
 
 Option = typer.Option
 DATA, MODEL, COURSE, WATCH, SAFE = "Data", "Method and base", "Course of training", "Best adapter", "Memory and safety"
@@ -37,6 +37,7 @@ def command(
     max_length: Annotated[int, Option(help="Tokens in a row; prompts are cut, answers never.", rich_help_panel=DATA)] = 512,
     dtype: Dtype = "auto",
     device: Device = None,
+    quantize: Quantize = None,
     seed: Annotated[int, Option(help="Start, order of rows and dropout.", rich_help_panel=COURSE)] = 0,
     limit: Annotated[int | None, Option(help="Rows to use, drawn by the seed.", rich_help_panel=DATA)] = None,
     heldout: Annotated[str, Option(help="Share of the rows to score on, or a file.", rich_help_panel=WATCH)] = "0.05",

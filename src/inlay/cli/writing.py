@@ -11,6 +11,10 @@ from inlay.errors import UsageError
 __all__ = ["Writer", "open_writer"]
 
 
+Loading = tuple[str, str | None, str | None]
+"""dtype, device and quantization of a base."""
+
+
 @dataclass
 class Writer:
     """Writes answers; `encoder` knows the template, `model` the rest."""
@@ -48,9 +52,7 @@ class Writer:
         return self.encoder.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def open_writer(
-    base: str, adapter: str | None, dtype: str, device: str | None, raw: bool = False, chat: bool = False
-) -> Writer:
+def open_writer(base: str, adapter: str | None, how: Loading, raw: bool = False, chat: bool = False) -> Writer:
     """Open a base and an adapter; prompts go into the adapter's template, unless they are `raw` or a `chat`."""
     from inlay.bank.bank import attach
     from inlay.bases.load import load_base
@@ -61,7 +63,7 @@ def open_writer(
     plain = Template("completion", "{prompt}", "completion", chat=chat)
     found = (carried([adapter]) if adapter is not None and not raw else None) or Carried(plain, 1 << 20)
     template = plain if raw or (chat and not found.template.chat) else found.template
-    opened = load_base(base, dtype, device)
+    opened = load_base(base, *how)
     if not opened.model.can_generate():
         raise UsageError(
             f"{type(opened.model).__name__} does not write text", "Choose a causal or encoder-decoder base."

@@ -29,7 +29,7 @@ def find_twins(model: nn.Module) -> dict[nn.Module, Forward]:
             continue
         key = (type(module), module.extra_repr(), tuple(p.shape for p in module.parameters()))
         if key not in known:
-            known[key] = _alike(module, twin)
+            known[key] = _alike(module, twin, getattr(model, "dtype", torch.float32))
         if known[key]:
             twins[module] = twin
     return twins
@@ -49,13 +49,16 @@ def in_place(twins: Mapping[nn.Module, Forward]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _alike(module: nn.Module, twin: Forward) -> bool:
-    """Whether both give the same but for the last bits."""
-    like = next(module.parameters())
-    if not like.is_floating_point() or like.device.type == "meta":
+def _alike(module: nn.Module, twin: Forward, dtype: torch.dtype) -> bool:
+    """Whether both give the same but for the last bits; `dtype` is for modules whose weights are all quantized."""
+    first = next(module.parameters())
+    if first.device.type == "meta":
         return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, like.shape[-1], generator=generator).to(like.device, like.dtype)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
+    width = next(
+        (w for m in module.modules() if isinstance(w := getattr(m, "in_features", None), int)), first.shape[-1]
+    )
+    x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0)).to(first.device, dtype)
     try:
         own = type(module).forward(module, x)
         got = twin(x)

@@ -41,7 +41,12 @@ def model_card(story: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{k}={v}" for k, v in config.get("set", {}).items()) or "its defaults"
     data = ", ".join(_name(Path(str(path)).name) for path in config.get("data", []))
     parameters = story.get("cost", {}).get("trainable_parameters")
-    named |= {"settings": settings, "files": data, "parameters": "?" if parameters is None else f"{parameters:,}"}
+    named |= {
+        "quantize": config.get("quantize") or "",
+        "settings": settings,
+        "files": data,
+        "parameters": "?" if parameters is None else f"{parameters:,}",
+    }
     return environment.get_template("card.md.jinja").render(**told, **named)
 
 

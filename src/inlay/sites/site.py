@@ -59,6 +59,12 @@ class Site:
         """Whether the weight is stored as (in, out)."""
         return is_conv1d(self.module)
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the module's weight is held in fewer bits than a number takes."""
+        weight = getattr(self.module, "weight", None)
+        return weight is not None and (type(weight.data) is not Tensor or not weight.is_floating_point())
+
     def weight(self) -> Tensor:
         """The frozen weight as (out, in), dequantized where it must be; read for merges and starts, not in forward."""
         weight = self.module.weight

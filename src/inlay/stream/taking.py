@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Own", "Put", "Take", "laid_out"]
+__all__ = ["Put", "Take", "laid_out"]
 
 
 def laid_out(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,19 +47,3 @@ class Put(torch.autograd.Function):
         if padding.numel():
             back.index_fill_(0, padding, 0)
         return back, None, None, None
-
-
-class Own(torch.autograd.Function):
-    """Rows of x by `index`, where only the places `real` of the result send a gradient back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(index, real)
-        ctx.size = len(x)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        index, real = ctx.saved_tensors
-        back = grads[0].new_zeros(ctx.size, *grads[0].shape[1:])
-        return back.index_copy_(0, index[real], grads[0].index_select(0, real)), None, None

@@ -63,7 +63,7 @@ def run(settings: Settings, on_step: OnStep | None = None, say: Say | None = Non
         say(f"{material.shared} of the {len(material.heldout)} held-out rows are trained on too")
     if settings.resume:
         _check_same(settings, material, folder)
-    base = load_base(settings.base, settings.dtype, settings.device)
+    base = load_base(settings.base, settings.dtype, settings.device, settings.quantize)
     bank = inlay.attach(base.model)
     plan = dataclasses.replace(plan, method=plan.method.prepared(base.tokenizer))
     work = _Work(settings, material, base, bank, folder, metric, say)

@@ -39,6 +39,7 @@ class Settings:
     max_length: int = 512
     dtype: str = "auto"
     device: str | None = None
+    quantize: str | None = None
     seed: int = 0
     limit: int | None = None
     heldout: str = "0.05"
