@@ -38,11 +38,18 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return gated(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        gate, up = ctx.saved_tensors
-        grad_up = F.silu(gate).mul_(grads[0])
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), grad_up
+        return gated_backward(grads[0], *ctx.saved_tensors)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_up = F.silu(gate).mul_(grad)
+    return torch.ops.aten.silu_backward(grad * up, gate), grad_up

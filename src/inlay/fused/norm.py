@@ -43,17 +43,26 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, scale = normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        x, weight, scale = ctx.saved_tensors
-        grad = grads[0] * weight.to(scale.dtype)
-        # What x's own length takes away: x * mean(grad * x) * scale^2, before all of it is scaled.
-        share = (grad * x).sum(-1, keepdim=True).mul_(scale.square() / x.shape[-1])
-        return grad.addcmul_(x.to(grad.dtype), share, value=-1).mul_(scale).to(x.dtype), None, None
+        return normed_backward(grads[0], *ctx.saved_tensors), None, None
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and what x was scaled by (..., 1)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight), scale
+
+
+def normed_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    grad = grad * weight.to(scale.dtype)
+    # What x's own length takes away: x * mean(grad * x) * scale^2, before all of it is scaled.
+    share = (grad * x).sum(-1, keepdim=True).mul_(scale.square() / x.shape[-1])
+    return grad.addcmul_(x.to(grad.dtype), share, value=-1).mul_(scale).to(x.dtype)
