@@ -94,7 +94,7 @@ class SiteHooks:
         made = [
             self._blended(portions.parts[group[0]], path, own, piece, stream, inside, route)
             if len(group) == 1
-            else self._together(group, portions, path, own, piece, stream)
+            else self._together(group, portions, path, own, piece, stream, route.held)
             for group, own, piece, stream in zip(groups, inputs, pieces, streams, strict=True)
         ]
         joined = portions.join(made, groups)
@@ -120,12 +120,13 @@ class SiteHooks:
         return groups
 
     def _together(
-        self, group: list[int], portions: Portions, path: str, x: Tensor | None, value: Tensor, stream: Tensor | None
-    ) -> Tensor:
+        self, group: list[int], portions: Portions, path: str, x: Tensor | None, value: Tensor, stream: Tensor | None,
+        held: dict[Any, Any],
+    ) -> Tensor:  # fmt: skip
         """New input or output of adapters with the same settings, whose tokens stand one behind the other."""
         adapters = [self.adapters[portions.parts[n].blend[0][0]] for n in group]
         site, method = adapters[0].sites[path], adapters[0].method
-        params = stacked(adapters, path, value.dtype)
+        params = stacked(adapters, path, value.dtype, held)
         params.may_overwrite = x is not None and len(group) == len(portions.parts)
         start = portions.together(value, group)
         if x is None:
@@ -152,7 +153,7 @@ class SiteHooks:
         for name, weight in sorted(here, key=lambda entry: self.adapters[entry[0]].sites[path].kind == "sublayer"):
             adapter = self.adapters[name]
             site, method = adapter.sites[path], adapter.method
-            params = adapter.at(path, value.dtype)
+            params = adapter.at(path, value.dtype, route.held)
             params.dropper = self._dropper(adapter, path, part, call, route, value)
             params.may_overwrite = spare
             start = out if weight is None else value

@@ -277,6 +277,10 @@ class _Lookup:
     def route_in_force(self) -> Route | None:
         return self._bank._route_in_force()
 
+    def _held(self) -> dict[Any, Any]:
+        route = self._bank._route_in_force()
+        return {} if route is None else route.held
+
     def in_force(self, route: Route) -> AbstractContextManager[None]:
         return self._bank._in_force(route)
 
@@ -298,15 +302,16 @@ class _Lookup:
 
     def virtual_of(self, blend: Blend) -> Tensor | None:
         adapters = [self._bank.adapters[name] for name, _ in blend]
-        found = [a.method.virtual(a.at("")) for a in adapters if a.method.virtual_length]
+        held = self._held()
+        found = [a.method.virtual(a.at("", None, held)) for a in adapters if a.method.virtual_length]
         return torch.cat(found) if found else None
 
     def prefix_of(self, blend: Blend, module: nn.Module) -> KeysValues | None:
-        found = []
+        found, held = [], self._held()
         for name, _ in blend:
             adapter = self._bank.adapters[name]
             if adapter.method.prefix_length and module in adapter.order:
-                found.append(adapter.method.prefix(adapter.at(""), *adapter.order[module]))
+                found.append(adapter.method.prefix(adapter.at("", None, held), *adapter.order[module]))
         if not found:
             return None
         return torch.cat([k for k, _ in found], 1), torch.cat([v for _, v in found], 1)

@@ -42,7 +42,7 @@ class Route:
     kept: list[int] | None = None
     noise: Noise | None = None
     places: list[int] | None = None
-    held: dict[Any, Prefixes] = field(default_factory=dict)
+    held: dict[Any, Any] = field(default_factory=dict)
 
 
 class Lookup(Protocol):

@@ -140,7 +140,7 @@ class LoRA(Method):
 
 
 class _Branch(torch.autograd.Function):
-    """y + s (x A^T) B^T, in one pass over y, keeping only x and x A^T beside A and B for the backward.
+    """y + s (x A^T) B^T, in one pass over y, keeping only x and s x A^T beside A and B for the backward.
 
     x and y are (..., in) and (..., out) in the base's dtype, A (r, in) and B (out, r) as they are trained; where A and
     B are those of K adapters, (K, ...), so are x and y.
@@ -150,17 +150,16 @@ class _Branch(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         low = _kept(ctx, x, a, b, scale)
         made = torch.addmm if a.ndim == 2 else torch.baddbmm
-        return made(_by_tokens(y, a), low, b.mT.to(y.dtype), alpha=scale).view(y.shape)
+        return made(_by_tokens(y, a), low, b.mT.to(y.dtype)).view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, low, a, b = ctx.saved_tensors
         grad = _by_tokens(grads[0], a)
-        grad_low = grad @ (b * ctx.scale).to(grad.dtype)
+        grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
         grad_x = (grad_low @ a.to(grad.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_b = (low.mT @ grad).mT.to(b.dtype, memory_format=torch.contiguous_format) * ctx.scale
-        return grad_x, grads[0], (grad_low.mT @ x).to(a.dtype), grad_b, None
+        return grad_x, grads[0], (grad_low.mT @ x).to(a.dtype), (grad.mT @ low).to(b.dtype), None
 
 
 class _BranchInto(_Branch):
@@ -169,15 +168,15 @@ class _BranchInto(_Branch):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         low, flat = _kept(ctx, x, a, b, scale), _by_tokens(y, a)
-        (flat.addmm_ if a.ndim == 2 else flat.baddbmm_)(low, b.mT.to(y.dtype), alpha=scale)
+        (flat.addmm_ if a.ndim == 2 else flat.baddbmm_)(low, b.mT.to(y.dtype))
         ctx.mark_dirty(y)
         return y
 
 
 def _kept(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x A^T (tokens, r); what the backward needs is kept in `ctx`."""
+    """s x A^T (tokens, r); what the backward needs is kept in `ctx`."""
     flat = _by_tokens(x, a)
-    low = flat @ a.mT.to(x.dtype)
+    low = (flat @ a.mT.to(x.dtype)).mul_(scale)
     ctx.save_for_backward(flat, low, a, b)
     ctx.shape, ctx.scale = x.shape, scale
     return low

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from inlay.bank.adapter import Adapter
+from inlay.bank.flat import Flat
 from inlay.data.encode import Example
 from inlay.errors import FormatError, UsageError
 from inlay.methods.contract import Method
 
-from .flat import flattened
 from .optimizers import ELEMENTWISE, make_optimizer
 
 __all__ = ["Contender", "Plan"]
@@ -71,6 +71,7 @@ class Contender:
 
     def __init__(self, plan: Plan, adapter: Adapter, rows: int) -> None:
         self.plan, self.adapter = plan, adapter
+        self.flats: list[Flat] = []
         groups = self._groups()
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self.batches = -(-rows // plan.batch_size)
@@ -93,15 +94,16 @@ class Contender:
 
     def _groups(self) -> list[dict[str, Any]]:
         """What is trained, by the learning rate that its method gives it (LoRA+ for one)."""
-        groups: dict[float, list[nn.Parameter]] = {}
+        groups: dict[float, dict[tuple[str, str], nn.Parameter]] = {}
         for path, values in self.adapter.params.items():
             for key, parameter in values.items():
-                groups.setdefault(self.plan.method.rate(self.adapter.sites.get(path), key), []).append(parameter)
-        whole = self.plan.optimizer in ELEMENTWISE
-        return [
-            {"params": [flattened(params)] if whole else params, "lr": self.plan.lr * rate}
-            for rate, params in groups.items()
-        ]
+                rate = self.plan.method.rate(self.adapter.sites.get(path), key)
+                groups.setdefault(rate, {})[path, key] = parameter
+        rates = [self.plan.lr * rate for rate in groups]
+        if self.plan.optimizer not in ELEMENTWISE:
+            return [{"params": [*own.values()], "lr": lr} for own, lr in zip(groups.values(), rates, strict=True)]
+        self.flats = [Flat(own) for own in groups.values()]
+        return [{"params": [flat.parameter], "lr": lr} for flat, lr in zip(self.flats, rates, strict=True)]
 
     def _schedule(self) -> Any:
         from transformers import get_scheduler
@@ -143,7 +145,16 @@ class Contender:
             self.stopped = "stopped early"
 
     def forget_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=self.plan.optimizer not in ELEMENTWISE)
+        self.optimizer.zero_grad()
+
+    @contextmanager
+    def laid_flat(self) -> Iterator[None]:
+        """Let gradients reach what the optimizer holds, in one piece where it can be one."""
+        self.adapter.flats = self.flats
+        try:
+            yield
+        finally:
+            self.adapter.flats = ()
 
     # ---- what it has learned, and everything it needs to go on
 

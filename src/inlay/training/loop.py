@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -75,7 +75,10 @@ def _step(bank: Bank, live: list[Contender], examples: Sequence[Example], room: 
             contender.forget_gradients()
 
     where = f"step {min(contender.step for contender in live) + 1}"
-    sums, suspects = within(room, where, lambda: _gradients(bank, live, drawn, learned, room), forget)
+    with ExitStack() as flat:
+        for contender in live:
+            flat.enter_context(contender.laid_flat())
+        sums, suspects = within(room, where, lambda: _gradients(bank, live, drawn, learned, room), forget)
     for contender in live:
         name = contender.plan.name
         contender.update(sums[name], sum(len(e.ids) for e in drawn[name]), suspects[name])
