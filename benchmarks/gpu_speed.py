@@ -1,8 +1,9 @@
 """Training speed and GPU memory beside HF PEFT + TRL on a random Llama of 1B parameters, in one run on one machine.
 
-Every contestant is a process of its own: LoRA r=8 on all linear layers, AdamW, the same rows of random tokens, bfloat16. PEFT
-and TRL run padding-free with each attention that is installed (flash_attention_2, flex_attention, sdpa). Two passes are
-made, and the second one is timed. Variants: the base in 4 bits, and norms and MLPs of ours through torch.compile.
+Every contestant is a process of its own: LoRA r=8 on all linear layers, AdamW, the same rows of random tokens in
+bfloat16. PEFT and TRL run padding-free with each attention that is installed (flash_attention_2, flex_attention, sdpa).
+Two passes are made, and the second one is timed. Variants: the base in 4 bits, and norms and MLPs of ours through
+torch.compile.
 
     python benchmarks/gpu_speed.py [--rows 256] [--batch 16] [--rounds 3]
 needs: pip install -e '.[bench,quantize]'

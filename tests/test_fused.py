@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 import inlay
+from inlay.bank.applying import SiteHooks
 from inlay.fused.gate import fused_gate
 from inlay.fused.norm import fused_norm
 from inlay.fused.twins import find_twins, in_place
+from inlay.methods.again import Again
 from zoo import make
 
 IDS = torch.arange(3, 15)[None]
@@ -99,3 +101,63 @@ def test_a_call_that_breaks_off_leaves_the_next_one_whole():
     with bank.route(["a"]):
         model(input_ids=IDS)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def gradients(bank, rows):
+    with bank.route(rows):
+        loss = bank.model(input_ids=IDS).logits.square().sum()
+    return torch.autograd.grad(loss, list(bank.parameters()))
+
+
+def trained(name, **settings):
+    bank = inlay.attach(make(name))
+    bank.add("a", inlay.LoRA(r=2, **settings), seed=0)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return bank
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3", "qwen3_moe"])
+def test_an_adapter_that_takes_the_bases_product_along_has_the_same_gradients(name, monkeypatch):
+    bank, taken = trained(name), []
+    asked = SiteHooks._takes_product
+
+    def counted(*args):
+        taken.append(asked(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(SiteHooks, "_takes_product", counted)
+    ours = gradients(bank, ["a"])
+    assert any(taken) == (name != "gpt2")  # whose projections are no linear layers
+    monkeypatch.setattr(SiteHooks, "_takes_product", lambda *args: False)
+    for own, expected in zip(ours, gradients(bank, ["a"]), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_layer_that_somebody_watches_keeps_its_own_backward():
+    bank, seen = trained("llama"), []
+    expected = gradients(bank, ["a"])
+    watched = bank.model.model.layers[1].self_attn.o_proj
+    watched.register_full_backward_hook(lambda module, given, got: seen.append(given[0].abs().sum()))
+    for own, other in zip(gradients(bank, ["a"]), expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
+    assert len(seen) == 1 and seen[0] > 0
+
+
+def test_what_can_be_made_again_is_not_kept_unless_somebody_wrote_into_it():
+    def sources(bank):
+        with bank.route(["a"]):
+            out = bank.model(input_ids=IDS).logits
+        found, todo = [], [out.grad_fn]
+        while todo:
+            node = todo.pop()
+            found += [node.again] if hasattr(node, "sources") else []
+            todo += [inner for inner, _ in node.next_functions if inner is not None]
+        return found
+
+    bank = trained("llama", targets=["down_proj"])
+    kept = sources(bank)
+    assert kept and all(isinstance(again, Again) for again in kept)
+    bank.model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0].mul_(1),))
+    assert None in sources(bank)

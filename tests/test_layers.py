@@ -7,8 +7,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "inlay"
 LAYERS = [
-    {"errors", "files", "fused"},
-    {"methods", "sites", "stream"},
+    {"errors", "files"},
+    {"methods", "sites", "stream", "fused"},
     {"bases", "formats", "data", "bank"},
     {"training", "evaluation", "merging", "reporting", "integrations"},
     {"cli"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -29,6 +30,7 @@ class SiteHooks:
         self.base, self.adapters, self._route = base, adapters, route
         self.residuals = Residuals(base)
         self._users: dict[str, list[str]] = {}  # path of a hooked module -> adapters that act there
+        self._taken: dict[str, Tensor] = {}  # inputs of modules that run without gradients
         self._handles: list[RemovableHandle] = []
 
     def add(self, adapter: Adapter) -> None:
@@ -57,20 +59,45 @@ class SiteHooks:
         path = site.path
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            changed = self._applied(path, None, args[0]) if args else None
+            if not args:
+                return None
+            self._taken.pop(path, None)  # what a call that broke off left behind
+            changed = self._applied(path, None, args[0])
+            x = args[0] if changed is None else changed
+            if self._takes_product(path, module, x):
+                self._taken[path], changed = x, x.detach()
             return None if changed is None else (changed, *args[1:])
 
         def after(module: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
             value = y[0] if isinstance(y, tuple) else y
-            changed = self._applied(path, args[0] if args else value, value)
+            x = self._taken.pop(path, None)
+            frozen = None if x is None else module.weight
+            changed = self._applied(path, x if x is not None else args[0] if args else value, value, frozen)
             if changed is None:
                 return None
             return (changed, *y[1:]) if isinstance(y, tuple) else changed
 
         self._handles += [site.module.register_forward_pre_hook(before), site.module.register_forward_hook(after)]
 
-    def _applied(self, path: str, x: Tensor | None, value: Tensor) -> Tensor | None:
-        """The site's new input (where x is None) or output; None where no adapter in force acts here."""
+    def _takes_product(self, path: str, module: nn.Module, x: Tensor) -> bool:
+        """Whether the only adapter in force computes the gradient of the base's own product too, in one pass with its
+        own; the base then runs without gradients."""
+        route, call = self._route(), current()
+        if route is None or call is None or call.owner is not self.adapters:
+            return False
+        part = self._only(path, call, route)
+        if part is None or len(part.blend) != 1 or not (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        name, weight = part.blend[0]
+        adapter = self.adapters[name]
+        takes = weight is None and path in adapter.sites and adapter.method.takes_product
+        return takes and type(module) is nn.Linear and not module.weight.requires_grad and _untouched(module)
+
+    def _applied(self, path: str, x: Tensor | None, value: Tensor, frozen: Any = None) -> Tensor | None:
+        """The site's new input (where x is None) or output; None where no adapter in force acts here.
+
+        `frozen` is the base's weight where its gradient is left to the adapter.
+        """
         route = self._route()
         if route is None or not self._users[path] or not value.is_floating_point():
             return None
@@ -82,8 +109,9 @@ class SiteHooks:
         call = current()
         inside = call if call is not None and call.owner is self.adapters else None
         residual = self.residuals.of(path)
-        if inside is not None and len(inside.portions.parts) == 1 and not self._drops(users, route):
-            return self._blended(inside.portions.parts[0], path, x, value, residual, inside, route, x is not None)
+        only = None if inside is None else self._only(path, inside, route)
+        if only is not None:
+            return self._blended(only, path, x, value, residual, inside, route, x is not None, frozen)
         portions, unfolded = _cut(inside, route, value)
         groups = self._groups(path, portions, route)
         pieces = portions.split(unfolded, groups)
@@ -99,6 +127,10 @@ class SiteHooks:
         ]
         joined = portions.join(made, groups)
         return joined.reshape(value.shape) if inside is None else inside.fold(joined, value)
+
+    def _only(self, path: str, call: Call, route: Route) -> Part | None:
+        """The one part that all tokens belong to, where nothing needs them cut."""
+        return None if len(call.portions.parts) > 1 or self._drops(self._users[path], route) else call.portions.parts[0]
 
     def _drops(self, users: list[str], route: Route) -> bool:
         """Whether dropout is on at a site, whose masks belong to rows and segments."""
@@ -143,7 +175,7 @@ class SiteHooks:
 
     def _blended(
         self, part: Part, path: str, x: Tensor | None, value: Tensor, stream: Tensor | None, call: Call | None,
-        route: Route, spare: bool = False,
+        route: Route, spare: bool = False, frozen: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Stacked adapters see one another's result; weighted ones each see the base's, and their changes add up."""
         out = value
@@ -155,7 +187,7 @@ class SiteHooks:
             site, method = adapter.sites[path], adapter.method
             params = adapter.at(path, value.dtype, route.held)
             params.dropper = self._dropper(adapter, path, part, call, route, value)
-            params.may_overwrite = spare
+            params.may_overwrite, params.frozen = spare, frozen
             start = out if weight is None else value
             if x is None:
                 new = method.input(params, start, site)
@@ -181,6 +213,13 @@ class SiteHooks:
         else:
             units = [(noise.samples[u], 0, value.shape[1]) for u in part.units]
         return Dropper(adapter.seed, path, noise.step, units)
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether nobody else looks at what goes in, comes out, or flows back."""
+    return len(module._forward_hooks) == len(module._forward_pre_hooks) == 1 and not (
+        module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _cut(call: Call | None, route: Route, value: Tensor) -> tuple[Portions, Tensor]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from inlay.methods.again import Again
+
 __all__ = ["fused_gate"]
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -27,7 +29,8 @@ def fused_gate(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
 
     def forward(x: Tensor) -> Tensor:
-        return parts["down_proj"](_Gate.apply(parts["gate_proj"](x), parts["up_proj"](x)))  # pyright: ignore
+        gate, up, product = parts["gate_proj"](x), parts["up_proj"](x), _Product()
+        return parts["down_proj"](product.mark(_Gate.apply(gate, up, product), gate, up))  # pyright: ignore
 
     return forward
 
@@ -36,20 +39,43 @@ class _Gate(torch.autograd.Function):
     """silu(gate) * up, both (..., width) and of one dtype."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, product: _Product) -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.product = product
         return gated(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        return gated_backward(grads[0], *ctx.saved_tensors)
+        gate, up = ctx.saved_tensors
+        made = gated_backward(grads[0], gate, up, ctx.product.silu(gate))
+        ctx.product.drop()
+        return *made, None
+
+
+class _Product(Again):
+    """silu(gate) * up once more; the first factor is held for the gradient of the second."""
+
+    _silu: Tensor | None = None
+
+    def make(self, *sources: Tensor) -> Tensor:
+        gate, up = sources
+        return self.silu(gate) * up
+
+    def silu(self, gate: Tensor) -> Tensor:
+        if self._silu is None:
+            self._silu = F.silu(gate)
+        return self._silu
+
+    def drop(self) -> None:
+        super().drop()
+        self._silu = None
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_up = F.silu(gate).mul_(grad)
-    return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, silu: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of both factors; `silu`, which is silu(gate), is overwritten."""
+    return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from inlay.methods.again import Again
+
 __all__ = ["fused_norm"]
 
 
@@ -28,7 +30,9 @@ def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         weight: Any = module.weight  # looked up at every call: norm tuning puts its own in place
         if weight.requires_grad or x.dtype != weight.dtype:
             return type(module).forward(module, x)  # pyright: ignore
-        return _Norm.apply(x, weight, eps)  # pyright: ignore
+        normed = _Normed()
+        y, scale = _Norm.apply(x, weight, eps, normed)  # pyright: ignore
+        return normed.mark(y, x, weight, scale)
 
     return forward
 
@@ -42,15 +46,24 @@ class _Norm(torch.autograd.Function):
     """x (..., width) and the frozen weight (width,) of one dtype; statistics are in float32 at least."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, again: _Normed) -> tuple[Tensor, Tensor]:
         y, scale = normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return y
+        ctx.mark_non_differentiable(scale)
+        ctx.again = again
+        return y, scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        return normed_backward(grads[0], *ctx.saved_tensors), None, None
+        ctx.again.drop()
+        return normed_backward(grads[0], *ctx.saved_tensors), None, None, None
+
+
+class _Normed(Again):
+    def make(self, *sources: Tensor) -> Tensor:
+        x, weight, scale = sources
+        return _scaled(x, weight, scale)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -58,7 +71,11 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight), scale
+    return _scaled(x, weight, scale), scale
+
+
+def _scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 
 
 def normed_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

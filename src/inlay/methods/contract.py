@@ -26,11 +26,13 @@ class Params(Mapping[str, Tensor]):
     """The parameters of one adapter at one site, by name; `params[name]` is in the dtype of the computation.
 
     `params.own(name)` is what is trained itself, for functions that cast it, and its gradient, on their own.
-    `may_overwrite` says that nobody else needs the y that `output` gets, so that the result may be written into it.
+    `may_overwrite` says that nobody else needs the y that `output` gets, so that the result may be written into it;
+    `frozen`, for methods with `takes_product`, is the weight (out, in) by which y came from x without a gradient.
     """
 
     dropper: Callable[[Tensor, float], Tensor] | None = None
     may_overwrite = False
+    frozen: Tensor | None = None
 
     def __init__(self, values: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
         self._values, self._dtype = values, dtype
@@ -63,6 +65,9 @@ class Method(ABC):
     """What HF PEFT calls the method in adapter_config.json."""
     shared_only: ClassVar[bool] = False
     """Whether all parameters are shared ones, so that a checkpoint names no module."""
+
+    takes_product: ClassVar[bool] = False
+    """Whether `output` can give x the gradient of the base's own product too, which saves a pass over it."""
 
     @abstractmethod
     def sites(self, base: Structure) -> list[Site]:

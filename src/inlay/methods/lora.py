@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from inlay.errors import FormatError, UsageError
 
+from .again import keep, kept
 from .contract import Method, Params, Site, Structure, select_projections
 
 __all__ = ["LoRA"]
@@ -43,6 +44,7 @@ class LoRA(Method):
     title = "LoRA"
     paper = "arXiv:2106.09685"
     peft_type = "LORA"
+    takes_product = True
 
     r: int = 8
     alpha: float | None = None
@@ -93,8 +95,8 @@ class LoRA(Method):
         a, b = params.own("A"), params.own("B")
         into = _owned(y, site) if params.may_overwrite else None
         if into is None:
-            return _Branch.apply(x, y, a, b, self.scale(site))  # pyright: ignore
-        return _BranchInto.apply(x, into, a, b, self.scale(site)).view(y.shape)  # pyright: ignore
+            return _Branch.apply(x, y, a, b, self.scale(site), params.frozen)  # pyright: ignore
+        return _BranchInto.apply(x, into, a, b, self.scale(site), params.frozen).view(y.shape)  # pyright: ignore
 
     def outputs(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
         return super().outputs(params, x, y, site) if site.is_embedding else self.output(params, x, y, site)
@@ -143,41 +145,46 @@ class _Branch(torch.autograd.Function):
     """y + s (x A^T) B^T, in one pass over y, keeping only x and s x A^T beside A and B for the backward.
 
     x and y are (..., in) and (..., out) in the base's dtype, A (r, in) and B (out, r) as they are trained; where A and
-    B are those of K adapters, (K, ...), so are x and y.
+    B are those of K adapters, (K, ...), so are x and y. Where y came from x by a `frozen` weight (out, in) without a
+    gradient, x gets that product's too.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low = _kept(ctx, x, a, b, scale)
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, frozen: Tensor | None) -> Tensor:
+        low = _kept(ctx, x, a, b, scale, frozen)
         made = torch.addmm if a.ndim == 2 else torch.baddbmm
         return made(_by_tokens(y, a), low, b.mT.to(y.dtype)).view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        x, low, a, b = ctx.saved_tensors
-        grad = _by_tokens(grads[0], a)
+        x, low, a, b, *frozen = kept(ctx)
+        x, grad = _by_tokens(x, a), _by_tokens(grads[0], a)
         grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
-        grad_x = (grad_low @ a.to(grad.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, grads[0], (grad_low.mT @ x).to(a.dtype), (grad.mT @ low).to(b.dtype), None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            down = a.to(grad.dtype)
+            grad_x = (grad @ frozen[0]).addmm_(grad_low, down) if frozen else grad_low @ down
+            grad_x = grad_x.view(ctx.shape)
+        grad_y = grads[0] if ctx.needs_input_grad[1] else None
+        return grad_x, grad_y, (grad_low.mT @ x).to(a.dtype), (grad.mT @ low).to(b.dtype), None, None
 
 
 class _BranchInto(_Branch):
     """The same, written into y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low, flat = _kept(ctx, x, a, b, scale), _by_tokens(y, a)
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, frozen: Tensor | None) -> Tensor:
+        low, flat = _kept(ctx, x, a, b, scale, frozen), _by_tokens(y, a)
         (flat.addmm_ if a.ndim == 2 else flat.baddbmm_)(low, b.mT.to(y.dtype))
         ctx.mark_dirty(y)
         return y
 
 
-def _kept(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _kept(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, frozen: Tensor | None) -> Tensor:
     """s x A^T (tokens, r); what the backward needs is kept in `ctx`."""
-    flat = _by_tokens(x, a)
-    low = (flat @ a.mT.to(x.dtype)).mul_(scale)
-    ctx.save_for_backward(flat, low, a, b)
+    low = (_by_tokens(x, a) @ a.mT.to(x.dtype)).mul_(scale)
+    keep(ctx, x, low, a, b, *([] if frozen is None else [frozen]))
     ctx.shape, ctx.scale = x.shape, scale
     return low
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .prefixes import Prefixes
 from .taking import Put, Take, laid_out
@@ -16,6 +17,9 @@ __all__ = ["QKV", "Blocks", "StreamMask"]
 
 SHORT = 128
 """Keys below which a CPU's softmax in bfloat16 takes up to four times as long as one in float32 and two casts."""
+
+LANES = 32
+"""Numbers that a CPU takes at once; its gradient of a softmax over fewer takes four times as long in bfloat16."""
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -164,5 +168,24 @@ def _attended(
     scores = (q * (q.shape[2] ** -0.5 if scaling is None else scaling)) @ k.transpose(1, 2)
     scores.view(shared, rows, -1, size, keys).add_(bias)
     if scores.dtype == torch.bfloat16 and keys < SHORT and not scores.is_cuda:
-        return scores.float().softmax(-1).to(q.dtype) @ v
+        return _ShortSoftmax.apply(scores) @ v  # pyright: ignore
     return scores.softmax(-1) @ v
+
+
+class _ShortSoftmax(torch.autograd.Function):
+    """Softmax of bfloat16 scores (..., keys), computed in float32 and kept in bfloat16 alone."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        weights = scores.float().softmax(-1).to(scores.dtype)
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore
+        (weights,) = ctx.saved_tensors
+        grad, wide = grads[0], torch.float32
+        if weights.shape[-1] < LANES:
+            return torch.ops.aten._softmax_backward_data(grad.float(), weights.float(), -1, wide).to(grad.dtype)
+        return torch.ops.aten._softmax_backward_data(grad, weights, -1, grad.dtype)
