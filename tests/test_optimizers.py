@@ -9,9 +9,11 @@ import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch.nn import functional as F
+from transformers import get_scheduler
 
 import inlay
 from inlay.errors import UsageError
+from inlay.training import schedules
 from inlay.training.contender import Plan
 from inlay.training.forward import Segment, token_losses
 from inlay.training.loop import enter, go_on, train
@@ -190,3 +192,13 @@ def test_wrong_numbers_are_refused():
                 ],
                 24,
             )
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_schedules_are_those_of_the_reference(name):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    kind = "constant_with_warmup" if name == "constant" else name
+    reference = get_scheduler(kind, optimizer, num_warmup_steps=7, num_training_steps=30)
+    ours = schedules.rates(name, 7, 30)
+    for step in range(32):
+        assert ours(step) == pytest.approx(reference.lr_lambdas[0](step), abs=1e-12)

@@ -63,23 +63,24 @@ class _Norm(torch.autograd.Function):
 class _Normed(Again):
     def make(self, *sources: Tensor) -> Tensor:
         x, weight, scale = sources
-        return _scaled(x, weight, scale)
+        return _weighted(x.to(scale.dtype), scale, x, weight)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm, and what x was scaled by (..., 1)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # at once: operations that mix dtypes take twice as long
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return _scaled(x, weight, scale), scale
+    return _weighted(wide, scale, x, weight), scale
 
 
-def _scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+def _weighted(wide: Tensor, scale: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """w * (x * scale), rounded where the reference rounds; `wide` is x in the dtype of `scale`."""
+    return (wide * scale).mul_(weight) if wide is x else wide.mul_(scale).to(x.dtype).mul_(weight)
 
 
 def normed_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    grad = grad * weight.to(scale.dtype)
+    grad, wide = grad.to(scale.dtype) * weight.to(scale.dtype), x.to(scale.dtype)
     # What x's own length takes away: x * mean(grad * x) * scale^2, before all of it is scaled.
-    share = (grad * x).sum(-1, keepdim=True).mul_(scale.square() / x.shape[-1])
-    return grad.addcmul_(x.to(grad.dtype), share, value=-1).mul_(scale).to(x.dtype)
+    share = (grad * wide).sum(-1, keepdim=True).mul_(scale.square() / x.shape[-1])
+    return grad.addcmul_(wide, share, value=-1).mul_(scale).to(x.dtype)

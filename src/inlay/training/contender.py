@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from inlay.bank.adapter import Adapter
 from inlay.bank.flat import Flat
@@ -18,10 +19,9 @@ from inlay.errors import FormatError, UsageError
 from inlay.methods.contract import Method
 
 from .optimizers import ELEMENTWISE, make_optimizer
+from .schedules import SCHEDULES, rates
 
 __all__ = ["Contender", "Plan"]
-
-SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,9 @@ class Contender:
         self.flats = [Flat(own) for own in groups.values()]
         return [{"params": [flat.parameter], "lr": lr} for flat, lr in zip(self.flats, rates, strict=True)]
 
-    def _schedule(self) -> Any:
-        from transformers import get_scheduler
-
-        plan = self.plan
-        name = plan.schedule or ("constant" if hasattr(self.optimizer, "eval") else "linear")
-        name = "constant_with_warmup" if name == "constant" else name
-        warm = int(plan.warmup * self.total)
-        return get_scheduler(name, self.optimizer, num_warmup_steps=warm, num_training_steps=self.total)
+    def _schedule(self) -> LambdaLR:
+        name = self.plan.schedule or ("constant" if hasattr(self.optimizer, "eval") else "linear")
+        return LambdaLR(self.optimizer, rates(name, int(self.plan.warmup * self.total), self.total))
 
     def batch(self, examples: Sequence[Example]) -> list[Example]:
         """The rows of the next step: each pass is a permutation drawn from the contender's own seed."""

@@ -43,7 +43,7 @@ def train(
 
 def enter(bank: Bank, plans: Sequence[Plan], rows: int) -> list[Contender]:
     """Add an adapter for each plan. Raises: UsageError where the base or a method cannot be trained so."""
-    bound_kernels()
+    bound_kernels(len({repr(plan.method) for plan in plans}))
     check_trainable(bank)
     adapters = [bank.add(plan.name, plan.method, seed=plan.seed) for plan in plans]
     return [Contender(plan, adapter, rows) for plan, adapter in zip(plans, adapters, strict=True)]
