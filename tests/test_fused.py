@@ -135,6 +135,26 @@ def test_an_adapter_that_takes_the_bases_product_along_has_the_same_gradients(na
         torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_adapters_that_are_computed_together_take_it_along_too(monkeypatch):
+    bank = trained("llama")
+    bank.add("b", inlay.LoRA(r=2), seed=1)
+    bank.add("c", inlay.LoRA(r=3), seed=1)
+    asked = SiteHooks._takes_product
+    uneven, even, other = [("a", 3), ("b", 5), ("b", 4)], [("a", 6), ("b", 6)], [("a", 6), ("c", 6)]
+    for segments, takes in ((uneven, False), (even, True), (other, False)):
+        made, taken = [], []
+        for kind in (lambda *args, seen=taken: seen.append(asked(*args)) or seen[-1], lambda *args: False):
+            monkeypatch.setattr(SiteHooks, "_takes_product", kind)
+            with bank.stream(segments):
+                loss = bank.model(input_ids=IDS).logits.square().sum()
+            made.append(torch.autograd.grad(loss, list(bank.parameters()), allow_unused=True))
+        assert any(taken) == takes
+        for own, expected in zip(*made, strict=True):
+            assert (own is None) == (expected is None)
+            if own is not None:
+                torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_a_layer_that_somebody_watches_keeps_its_own_backward():
     bank, seen = trained("llama"), []
     expected = gradients(bank, ["a"])

@@ -22,6 +22,9 @@ from .residual import Residuals
 
 __all__ = ["SiteHooks"]
 
+WASTE = 1 / 8
+"""Share of padding up to which adapters that are computed together take the base's product along."""
+
 
 class SiteHooks:
     """Hooks the modules that adapters act on, once each, and applies whatever the route in force says."""
@@ -80,17 +83,18 @@ class SiteHooks:
         self._handles += [site.module.register_forward_pre_hook(before), site.module.register_forward_hook(after)]
 
     def _takes_product(self, path: str, module: nn.Module, x: Tensor) -> bool:
-        """Whether the only adapter in force computes the gradient of the base's own product too, in one pass with its
-        own; the base then runs without gradients."""
+        """Whether the only adapter in force, or the only computation of many, gives x the gradient of the base's own
+        product too, in one pass with its own; the base then runs without gradients."""
         route, call = self._route(), current()
         if route is None or call is None or call.owner is not self.adapters:
             return False
-        part = self._only(path, call, route)
-        if part is None or len(part.blend) != 1 or not (torch.is_grad_enabled() and x.requires_grad):
+        if not (torch.is_grad_enabled() and x.requires_grad):
             return False
-        name, weight = part.blend[0]
-        adapter = self.adapters[name]
-        takes = weight is None and path in adapter.sites and adapter.method.takes_product
+        blend = call.portions.parts[0].blend
+        if len(blend) != 1 or blend[0][1] is not None or not self._at_once(path, call, route):
+            return False
+        adapter = self.adapters[blend[0][0]]
+        takes = path in adapter.sites and adapter.method.takes_product
         return takes and type(module) is nn.Linear and not module.weight.requires_grad and _untouched(module)
 
     def _applied(self, path: str, x: Tensor | None, value: Tensor, frozen: Any = None) -> Tensor | None:
@@ -122,7 +126,7 @@ class SiteHooks:
         made = [
             self._blended(portions.parts[group[0]], path, own, piece, stream, inside, route)
             if len(group) == 1
-            else self._together(group, portions, path, own, piece, stream, route.held)
+            else self._together(group, portions, path, own, piece, stream, route.held, frozen)
             for group, own, piece, stream in zip(groups, inputs, pieces, streams, strict=True)
         ]
         joined = portions.join(made, groups)
@@ -131,6 +135,13 @@ class SiteHooks:
     def _only(self, path: str, call: Call, route: Route) -> Part | None:
         """The one part that all tokens belong to, where nothing needs them cut."""
         return None if len(call.portions.parts) > 1 or self._drops(self._users[path], route) else call.portions.parts[0]
+
+    def _at_once(self, path: str, call: Call, route: Route) -> bool:
+        """Whether one computation serves all tokens, and pads few."""
+        if self._only(path, call, route) is not None:
+            return True
+        groups = self._groups(path, call.portions, route)
+        return len(groups) == 1 and len(groups[0]) > 1 and call.portions.waste(groups[0]) <= WASTE
 
     def _drops(self, users: list[str], route: Route) -> bool:
         """Whether dropout is on at a site, whose masks belong to rows and segments."""
@@ -153,13 +164,13 @@ class SiteHooks:
 
     def _together(
         self, group: list[int], portions: Portions, path: str, x: Tensor | None, value: Tensor, stream: Tensor | None,
-        held: dict[Any, Any],
+        held: dict[Any, Any], frozen: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """New input or output of adapters with the same settings, whose tokens stand one behind the other."""
         adapters = [self.adapters[portions.parts[n].blend[0][0]] for n in group]
         site, method = adapters[0].sites[path], adapters[0].method
         params = stacked(adapters, path, value.dtype, held)
-        params.may_overwrite = x is not None and len(group) == len(portions.parts)
+        params.may_overwrite, params.frozen = x is not None and len(group) == len(portions.parts), frozen
         start = portions.together(value, group)
         if x is None:
             new = method.inputs(params, start, site)

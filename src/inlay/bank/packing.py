@@ -91,7 +91,9 @@ def _same(bank: Bank, *ways: Callable[[], Tensor]) -> bool:
         for module, training in modes:
             module.training = training
     precise = together.dtype in (torch.float32, torch.float64)
-    return _apart(together, changed) < 1e-4 and _apart(alone, together[:, -alone.shape[1] :]) < (1e-3 if precise else 0.5)
+    return _apart(together, changed) < 1e-4 and _apart(alone, together[:, -alone.shape[1] :]) < (
+        1e-3 if precise else 0.5
+    )
 
 
 def _apart(expected: Tensor, got: Tensor) -> float:

@@ -163,8 +163,7 @@ class _Branch(torch.autograd.Function):
         grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            down = a.to(grad.dtype)
-            grad_x = (grad @ frozen[0]).addmm_(grad_low, down) if frozen else grad_low @ down
+            grad_x = _added(grad @ frozen[0], grad_low, a) if frozen else grad_low @ a.to(grad.dtype)
             grad_x = grad_x.view(ctx.shape)
         grad_y = grads[0] if ctx.needs_input_grad[1] else None
         return grad_x, grad_y, (grad_low.mT @ x).to(a.dtype), (grad.mT @ low).to(b.dtype), None, None
@@ -176,7 +175,7 @@ class _BranchInto(_Branch):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, frozen: Tensor | None) -> Tensor:
         low, flat = _kept(ctx, x, a, b, scale, frozen), _by_tokens(y, a)
-        (flat.addmm_ if a.ndim == 2 else flat.baddbmm_)(low, b.mT.to(y.dtype))
+        _added(flat, low, b.mT)
         ctx.mark_dirty(y)
         return y
 
@@ -187,6 +186,11 @@ def _kept(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, frozen: Tenso
     keep(ctx, x, low, a, b, *([] if frozen is None else [frozen]))
     ctx.shape, ctx.scale = x.shape, scale
     return low
+
+
+def _added(y: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    """y (tokens, width) or (K, tokens, width), to which low @ up is added in place."""
+    return (y.addmm_ if up.ndim == 2 else y.baddbmm_)(low, up.to(y.dtype))
 
 
 def _by_tokens(x: Tensor, a: Tensor) -> Tensor:

@@ -67,6 +67,11 @@ class Portions:
             joined = torch.cat([pieces[n] for n in range(len(self.parts))])
         return joined if self._order is None else joined.index_select(0, self._order.argsort())
 
+    def waste(self, numbers: Sequence[int]) -> float:
+        """The share of padding that `together` adds to parts `numbers`."""
+        sizes = [self.parts[n].size for n in numbers]
+        return len(sizes) * max(sizes) / max(1, sum(sizes)) - 1
+
     def together(self, tensor: Tensor, numbers: Sequence[int]) -> Tensor:
         """Parts `numbers` of a tensor that holds them alone, one behind the other, as (K, size of the largest, ...)."""
         sizes = tuple(self.parts[n].size for n in numbers)
