@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Flat", "parts_of"]
 
@@ -39,9 +41,28 @@ def parts_of(flats: Sequence[Sequence[Flat]], dtype: torch.dtype | None) -> dict
     """
     found: dict[str, dict[str, Tensor]] = {}
     for alike in zip(*flats, strict=True):
-        wholes = [flat.parameter if dtype is None else flat.parameter.to(dtype) for flat in alike]
-        whole = wholes[0] if len(wholes) == 1 else torch.stack(wholes)
+        own = [flat.parameter for flat in alike]
+        kind = own[0].dtype if dtype is None else dtype
+        whole: Tensor = own[0].to(kind) if len(own) == 1 else _Rows.apply(kind, *own)  # pyright: ignore
         shapes = alike[0].shapes
         for (path, key), part in zip(shapes, whole.split(alike[0].sizes, -1), strict=True):
-            found.setdefault(path, {})[key] = part.view(*whole.shape[:-1], *shapes[path, key])
+            # Batched products would copy rows that are far apart, in the forward and again in the backward.
+            found.setdefault(path, {})[key] = part.contiguous().view(*whole.shape[:-1], *shapes[path, key])
     return found
+
+
+class _Rows(torch.autograd.Function):
+    """Vectors (n,) as the rows of one tensor (K, n) of another dtype, in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *vectors: Tensor) -> Tensor:
+        rows = vectors[0].new_empty(len(vectors), len(vectors[0]), dtype=dtype)
+        for row, vector in zip(rows, vectors, strict=True):
+            row.copy_(vector)
+        ctx.dtype = vectors[0].dtype
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        return None, *(row.to(ctx.dtype) for row in grads[0])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,13 +160,14 @@ class _Branch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, low, a, b, *frozen = kept(ctx)
         x, grad = _by_tokens(x, a), _by_tokens(grads[0], a)
-        grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
+        times = _product(a)
+        grad_low = times(grad, b.to(grad.dtype)).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _added(grad @ frozen[0], grad_low, a) if frozen else grad_low @ a.to(grad.dtype)
+            grad_x = _added(grad @ frozen[0], grad_low, a) if frozen else times(grad_low, a.to(grad.dtype))
             grad_x = grad_x.view(ctx.shape)
         grad_y = grads[0] if ctx.needs_input_grad[1] else None
-        return grad_x, grad_y, (grad_low.mT @ x).to(a.dtype), (grad.mT @ low).to(b.dtype), None, None
+        return grad_x, grad_y, times(grad_low.mT, x).to(a.dtype), times(grad.mT, low).to(b.dtype), None, None
 
 
 class _BranchInto(_Branch):
@@ -182,10 +183,15 @@ class _BranchInto(_Branch):
 
 def _kept(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, frozen: Tensor | None) -> Tensor:
     """s x A^T (tokens, r); what the backward needs is kept in `ctx`."""
-    low = (_by_tokens(x, a) @ a.mT.to(x.dtype)).mul_(scale)
+    low = _product(a)(_by_tokens(x, a), a.mT.to(x.dtype)).mul_(scale)
     keep(ctx, x, low, a, b, *([] if frozen is None else [frozen]))
     ctx.shape, ctx.scale = x.shape, scale
     return low
+
+
+def _product(a: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The product of matrices, or of K of them where `a` is K adapters'."""
+    return torch.mm if a.ndim == 2 else torch.bmm
 
 
 def _added(y: Tensor, low: Tensor, up: Tensor) -> Tensor:

@@ -122,13 +122,16 @@ class Contender:
 
         `suspects` are the samples whose own loss is none.
         """
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.plan.clip))
+        total = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = float(total)
         self.loss, self.norm = loss, norm
         if not math.isfinite(norm) or not math.isfinite(loss):
             self.stopped = f"diverged at step {self.step + 1}"
             self.suspects = list(suspects)
             self.forget_gradients()
             return
+        if norm > self.plan.clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.plan.clip, total)
         self.optimizer.step()
         self.schedule.step()
         self.forget_gradients()
