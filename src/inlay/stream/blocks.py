@@ -166,26 +166,29 @@ def _attended(
         return made.transpose(1, 2).unflatten(1, (shared, -1)).transpose(0, 1)
     scaling = rest.get("scaling")
     scores = (q * (q.shape[2] ** -0.5 if scaling is None else scaling)) @ k.transpose(1, 2)
-    scores.view(shared, rows, -1, size, keys).add_(bias)
-    if scores.dtype == torch.bfloat16 and keys < SHORT and not scores.is_cuda:
-        return _ShortSoftmax.apply(scores) @ v  # pyright: ignore
-    return scores.softmax(-1) @ v
+    return _Softmax.apply(scores, bias) @ v  # pyright: ignore
 
 
-class _ShortSoftmax(torch.autograd.Function):
-    """Softmax of bfloat16 scores (..., keys), computed in float32 and kept in bfloat16 alone."""
+class _Softmax(torch.autograd.Function):
+    """Softmax of scores (shared heads * b, m, keys) + bias (b, 1, n, keys); nobody else needs the scores, and they are
+    written into. Autograd on its own would copy gradients of all of them for the sum, twice."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        weights = scores.float().softmax(-1).to(scores.dtype)
+    def forward(ctx: Any, scores: Tensor, bias: Tensor) -> Tensor:
+        rows, _, size, keys = bias.shape
+        scores.view(len(scores) // rows, rows, -1, size, keys).add_(bias)
+        if scores.dtype == torch.bfloat16 and keys < SHORT and not scores.is_cuda:
+            weights = scores.float().softmax(-1).to(scores.dtype)
+        else:
+            weights = scores.softmax(-1)
         ctx.save_for_backward(weights)
         return weights
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
         (weights,) = ctx.saved_tensors
-        grad, wide = grads[0], torch.float32
-        if weights.shape[-1] < LANES:
-            return torch.ops.aten._softmax_backward_data(grad.float(), weights.float(), -1, wide).to(grad.dtype)
-        return torch.ops.aten._softmax_backward_data(grad, weights, -1, grad.dtype)
+        grad, own = grads[0], weights.dtype
+        if own == torch.bfloat16 and weights.shape[-1] < LANES and not grad.is_cuda:
+            grad, weights = grad.float(), weights.float()
+        return torch.ops.aten._softmax_backward_data(grad, weights, -1, grad.dtype).to(own), None
