@@ -12,6 +12,7 @@ from inlay.fused.gate import fused_gate
 from inlay.fused.norm import fused_norm
 from inlay.fused.twins import find_twins, in_place
 from inlay.methods.again import Again
+from inlay.methods.table import METHODS
 from zoo import make
 
 IDS = torch.arange(3, 15)[None]
@@ -181,3 +182,21 @@ def test_what_can_be_made_again_is_not_kept_unless_somebody_wrote_into_it():
     assert kept and all(isinstance(again, Again) for again in kept)
     bank.model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0].mul_(1),))
     assert None in sources(bank)
+
+
+@pytest.mark.parametrize("method", [inlay.LoRA(r=2), inlay.IA3(), METHODS["houlsby"]()], ids=["lora", "ia3", "houlsby"])
+@pytest.mark.parametrize("rows", [["a"], ["a", "b"]], ids=["one", "two"])
+def test_autocast_gives_nearly_the_same_gradients(method, rows):
+    bank = inlay.attach(make("llama", dtype=torch.float32))
+    for seed, name in enumerate("ab"):
+        bank.add(name, method, seed=seed)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    made = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), bank.route(rows):
+            loss = bank.model(input_ids=IDS.expand(len(rows), -1)).logits.float().square().sum()
+        grads = torch.autograd.grad(loss, [p for name in rows for p in bank.parameters(name)])
+        made.append(torch.cat([grad.flatten() for grad in grads]))
+    assert (made[0] - made[1]).norm() < 0.05 * made[0].norm()

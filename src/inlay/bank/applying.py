@@ -88,7 +88,7 @@ class SiteHooks:
         route, call = self._route(), current()
         if route is None or call is None or call.owner is not self.adapters:
             return False
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if not (torch.is_grad_enabled() and x.requires_grad) or torch.is_autocast_enabled(x.device.type):
             return False
         blend = call.portions.parts[0].blend
         if len(blend) != 1 or blend[0][1] is not None or not self._at_once(path, call, route):

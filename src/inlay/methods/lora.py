@@ -93,6 +93,8 @@ class LoRA(Method):
             return y + F.linear(F.embedding(x, params["A"].t()), params["B"]) * self.scale(site)
         x = params.drop(x, self.dropout)
         a, b = params.own("A"), params.own("B")
+        if torch.is_autocast_enabled(x.device.type):  # whose dtypes are its own affair, in the backward too
+            return y + (_by_tokens(x, a) @ a.mT @ b.mT).view(y.shape) * self.scale(site)
         into = _owned(y, site) if params.may_overwrite else None
         if into is None:
             return _Branch.apply(x, y, a, b, self.scale(site), params.frozen)  # pyright: ignore
