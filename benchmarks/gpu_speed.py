@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -141,15 +142,14 @@ def compiled() -> None:
 def theirs(a: argparse.Namespace, rows: list[list[int]]) -> dict:
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    more: dict = {}
-    if "4bit" in a.only:
-        more["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
+    from inlay.bases.dtypes import pick_device
+    from inlay.bases.quantize import quantization
+
+    bits = "4bit" if "4bit" in a.only else None  # the very settings that ours has
+    more = quantization(bits, {}, Path(a.base), torch.bfloat16, pick_device())
     model = AutoModelForCausalLM.from_pretrained(
         a.base, dtype=torch.bfloat16, attn_implementation=a.only.split(", ")[1], **more
     )

@@ -91,11 +91,13 @@ class SiteHooks:
         if not (torch.is_grad_enabled() and x.requires_grad) or torch.is_autocast_enabled(x.device.type):
             return False
         blend = call.portions.parts[0].blend
-        if len(blend) != 1 or blend[0][1] is not None or not self._at_once(path, call, route):
+        if len(blend) != 1 or blend[0][1] is not None:
             return False
         adapter = self.adapters[blend[0][0]]
-        takes = path in adapter.sites and adapter.method.takes_product
-        return takes and type(module) is nn.Linear and not module.weight.requires_grad and _untouched(module)
+        if path not in adapter.sites or not adapter.method.takes_product:
+            return False
+        frozen = type(module) is nn.Linear and not module.weight.requires_grad and _untouched(module)
+        return frozen and self._at_once(path, call, route)
 
     def _applied(self, path: str, x: Tensor | None, value: Tensor, frozen: Any = None) -> Tensor | None:
         """The site's new input (where x is None) or output; None where no adapter in force acts here.

@@ -30,9 +30,9 @@ def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         weight: Any = module.weight  # looked up at every call: norm tuning puts its own in place
         if weight.requires_grad or x.dtype != weight.dtype:
             return type(module).forward(module, x)  # pyright: ignore
-        normed = _Normed()
-        y, scale = _Norm.apply(x, weight, eps, normed)  # pyright: ignore
-        return normed.mark(y, x, weight, scale)
+        again = _Normed()
+        y, scale = _Norm.apply(x, weight, eps, again)  # pyright: ignore
+        return again.mark(y, x, weight, scale)
 
     return forward
 
