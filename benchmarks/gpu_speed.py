@@ -115,8 +115,8 @@ def ours(a: argparse.Namespace, rows: list[list[int]]) -> dict:
     import inlay
     from inlay.bases.load import load_base
     from inlay.data.encode import Example
-    from inlay.training.contender import Plan
     from inlay.training.loop import train
+    from inlay.training.plan import Plan
 
     if "compiled" in a.only:
         compiled()

@@ -46,8 +46,8 @@ class Case:
     def enter(self, bank, number: int) -> None:
         from inlay.data.encode import Example
         from inlay.methods.table import METHODS
-        from inlay.training.contender import Plan
         from inlay.training.loop import enter
+        from inlay.training.plan import Plan
 
         draw = random.Random(number)
         count = bank.model.get_input_embeddings().num_embeddings
@@ -144,9 +144,9 @@ def table(a: argparse.Namespace) -> None:
 def amount(a: argparse.Namespace) -> None:
     """Whole runs over growing data: the time must grow with it, and with nothing else."""
     from inlay.methods.table import METHODS
-    from inlay.training.contender import Plan
     from inlay.training.loop import train
     from inlay.training.memory import peak_memory_mb
+    from inlay.training.plan import Plan
 
     shown = Table("data", "seconds", "ms a row", "peak MB so far")
     bank = attached(a)

@@ -65,8 +65,8 @@ def ours(a: argparse.Namespace) -> None:
     from inlay.data.table import Row
     from inlay.data.template import Template
     from inlay.methods.table import METHODS
-    from inlay.training.contender import Plan
     from inlay.training.loop import train
+    from inlay.training.plan import Plan
 
     base = load_base("smollm2", a.dtype)
     rows = rows_of(a, base.tokenizer)

@@ -14,9 +14,9 @@ from inlay.data.template import Template
 from inlay.errors import InlayError, UsageError
 from inlay.evaluation.score import judge
 from inlay.methods.table import METHODS
-from inlay.training.contender import Plan
 from inlay.training.loop import enter, go_on, train
 from inlay.training.memory import Room, current_memory_mb, parse_size, saved_bytes
+from inlay.training.plan import Plan
 from test_training import PLANS, examples
 from zoo import make
 

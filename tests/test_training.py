@@ -8,8 +8,8 @@ import torch
 import inlay
 from inlay.data.encode import Example
 from inlay.errors import UsageError
-from inlay.training.contender import Plan
 from inlay.training.loop import train
+from inlay.training.plan import Plan
 from zoo import make
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DataError", "FormatError", "InlayError", "UsageError"]
+__all__ = ["DataError", "DroppedRow", "FormatError", "InlayError", "UsageError"]
 
 
 class InlayError(Exception):
@@ -26,6 +26,18 @@ class UsageError(InlayError):
 
 class DataError(InlayError):
     """A data file or one of its rows cannot be used; names the file and, where it can, the line."""
+
+
+class DroppedRow(DataError):
+    """A row that cannot be used but is no reason to stop: a pass over many rows counts it by `reason`.
+
+    `reason` is two to five plain words, equal for equal causes ("no label", "answer too long"). As an error it names
+    the row's file and line.
+    """
+
+    def __init__(self, where: str, reason: str, remedy: str = "") -> None:
+        self.reason = reason
+        super().__init__(f"{where} is of no use: {reason}", remedy)
 
 
 class FormatError(InlayError):

@@ -11,7 +11,7 @@ from inlay.errors import UsageError
 from inlay.methods.contract import Method
 from inlay.methods.table import METHODS
 
-from .contender import Plan
+from .plan import Plan
 
 __all__ = ["Settings", "differences", "make_method", "plan_of"]
 
