@@ -3,8 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # A machine without an NVIDIA GPU takes the CPU build, which pip finds where its index or find-links offers one.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+# The environment with the oldest transformers that pyproject.toml allows, and that release.
+LOWEST ?= .venv/lowest
+OLDEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+# `make demo ROWS=200 TEST=100` is over in a minute; the scores of so few rows say little.
+ROWS ?= 2000
+TEST ?= 1000
 
-.PHONY: demo test lint types check format clean
+.PHONY: demo test test-lowest lint types check format clean
 
 .venv/.base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -17,10 +23,19 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 	touch $@
 
 demo: .venv/.base
-	$(BIN)/python demo/run.py
+	INLAY_DEMO_ROWS=$(ROWS) INLAY_DEMO_TEST=$(TEST) $(BIN)/python demo/run.py
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+$(LOWEST)/.dev: pyproject.toml
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet $(TORCH)
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[dev]' transformers==$(OLDEST)
+	touch $@
+
+test-lowest: $(LOWEST)/.dev
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

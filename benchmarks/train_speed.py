@@ -62,6 +62,7 @@ def ours(a: argparse.Namespace) -> None:
     import inlay
     from inlay.bases.load import load_base
     from inlay.data.encode import Encoder
+    from inlay.data.prepare import prepare
     from inlay.data.table import Row
     from inlay.data.template import Template
     from inlay.methods.table import METHODS
@@ -73,7 +74,7 @@ def ours(a: argparse.Namespace) -> None:
     table = [Row({"prompt": p, "completion": c}, n, "rows", n) for n, (p, c) in enumerate(rows)]
     start = time.perf_counter()
     encoder = Encoder(base.tokenizer, Template("completion", "{prompt}", "completion"), a.max_length * 2)
-    examples = encoder.examples(table).examples
+    examples = prepare(encoder, table).examples
     bank = inlay.attach(base.model)
     losses: list[float] = []
     method = started_from(a.initial) if a.initial and a.method == "lora" else METHODS[a.method]()

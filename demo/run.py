@@ -6,34 +6,41 @@ Run by `make demo`. Writes demo/result.json, and below demo/run the adapter and 
 from __future__ import annotations
 
 import csv
-import json
+import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 import inlay
-from inlay.bases.load import load_base
+from inlay.bases.load import load_base, pull
+from inlay.bases.quiet import hush
 from inlay.bases.reviews import reviews_csv
 from inlay.data.encode import Encoder
-from inlay.data.table import read_table, shuffled
-from inlay.data.template import Template
+from inlay.data.rows import Row, shuffled
+from inlay.data.table import read_table
 from inlay.evaluation.score import evaluate
 from inlay.files import write_json
-from inlay.formats.notes import read_notes
+from inlay.formats.carried import carried
 from inlay.merging.merge import merge_to_folder
-from inlay.training.run import Settings, peak_memory_mb, run
+from inlay.training.memory import peak_memory_mb
+from inlay.training.run import run
+from inlay.training.settings import Settings
 
 HERE = Path(__file__).parent
-ROWS, TEST_ROWS = 2000, 1000
+ROWS, TEST_ROWS = (int(os.environ.get(f"INLAY_DEMO_{name}", usual)) for name, usual in (("ROWS", 2000), ("TEST", 1000)))
 ASKED = (
     "A warm, funny film that I will gladly see again.",
     "Two hours of noise; I wanted my money back.",
     "The plot is thin, but the actors make it shine.",
 )
-console = Console()
+console = Console(highlight=False)
+say = partial(console.print, markup=False, soft_wrap=True)
 
 
 def prepare(folder: Path) -> tuple[Path, Path]:
@@ -51,8 +58,8 @@ def prepare(folder: Path) -> tuple[Path, Path]:
 def answers(bank: inlay.Bank, encoder: Encoder) -> list[tuple[str, str, str]]:
     """Each question with the next words of the base and of the adapter."""
     shown = []
-    for text in ASKED:
-        ids = torch.tensor([encoder.tokenizer(encoder.template.prompt.format(text=text))["input_ids"]])
+    for number, text in enumerate(ASKED):
+        ids = torch.tensor([encoder.prompt_ids(Row({"text": text}, number, "demo", number + 1))])
         said = []
         for row in (None, "adapter"):
             with bank.route([row]):
@@ -65,53 +72,76 @@ def answers(bank: inlay.Bank, encoder: Encoder) -> list[tuple[str, str, str]]:
     return shown
 
 
-def main() -> None:
-    start = time.perf_counter()
-    folder = HERE / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    console.print("fetching the base and the reviews (kept in ~/.cache/inlay, or where INLAY_HOME says)")
-    train_file, test_file = prepare(folder)
-    console.print(f"training LoRA on {ROWS} reviews")
-    trained = run(
-        Settings(
-            base="smollm2", data=[str(train_file)], out=str(folder / "reviews"), heldout="0", max_length=256,
-            set={"r": 8}, lr=1e-3, template="Review: {text}\nSentiment:", verbalizer="0=negative,1=positive",
-        ),
-        lambda contender, total: console.print(
-            f"step {contender.step}/{total}  loss {contender.loss:.3f}", highlight=False
-        ) if contender.step % 10 == 0 else None,
+def trained(train_file: Path, folder: Path) -> dict[str, Any]:
+    """Train LoRA; its loss is shown every ten steps."""
+
+    def on_step(contender: Any, total: int) -> None:
+        if contender.step % 10 == 0:
+            say(f"  step {contender.step} of {total}, loss {contender.loss:.3f}")
+
+    settings = Settings(
+        base="smollm2", data=[str(train_file)], out=str(folder), heldout="0", max_length=256, set={"r": 8}, lr=1e-3,
+        template="Review: {text}\nSentiment:", verbalizer="0=negative,1=positive",  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
-    adapter = folder / "reviews" / "adapter"
-    console.print(f"scoring base and adapter on {TEST_ROWS} other reviews")
+    return run(settings, on_step, lambda line: say(f"  {line}"))
+
+
+def compared(adapter: Path, test_file: Path) -> tuple[dict[str | None, float], list[tuple[str, str, str]]]:
+    """Accuracy of the base and of the adapter, and what both say."""
     base = load_base("smollm2")
     bank = inlay.attach(base.model)
     bank.load("adapter", adapter)
-    encoder = Encoder(base.tokenizer, Template.from_dict(read_notes(adapter)["template"]), 256)
+    reading = carried([adapter])
+    assert reading is not None
+    encoder = Encoder(base.tokenizer, reading.template, reading.max_length)
     scores = evaluate(bank, encoder, read_table(test_file).rows, [None, "adapter"])
-    said = answers(bank, encoder)
-    bank.detach()
-    del bank, base
-    console.print("merging in float32")
-    merged = merge_to_folder("smollm2", str(adapter), str(folder / "merged"), "float32")
+    return {name: own["accuracy"] for name, own in scores.items()}, answers(bank, encoder)
+
+
+def show(said: list[tuple[str, str, str]], result: dict[str, float], adapter: Path, merged: Path) -> None:
+    table = Table(title="\nwhat comes after the review", title_justify="left", title_style="")
+    for name in ("review", "base", "adapter"):
+        table.add_column(name)
+    for row in said:
+        table.add_row(*map(repr, row))
+    console.print(table)
+    say(
+        f"\naccuracy on {TEST_ROWS:,} reviews that were not trained on: base {result['base_accuracy']:.1%}, "
+        f"adapter {result['adapter_accuracy']:.1%}"
+    )
+    say(f"merged model: logits within {result['merged_max_difference']:.1e} of base and adapter")
+    for name, path in (("adapter", adapter), ("merged model", merged), ("numbers", HERE / "result.json")):
+        say(f"{name:12}  {path}")
+
+
+def main() -> None:
+    start = time.perf_counter()
+    folder = HERE / "run"
+    adapter, merged = folder / "reviews" / "adapter", folder / "merged"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    say("getting the base and the reviews, which are kept in ~/.cache/inlay, or where INLAY_HOME says")
+    pull("smollm2", lambda line: say(f"  {line}"))
+    train_file, test_file = prepare(folder)
+    say(f"training LoRA on {ROWS:,} reviews")
+    told = trained(train_file, folder / "reviews")
+    say(f"scoring base and adapter on {TEST_ROWS:,} other reviews")
+    accuracy, said = compared(adapter, test_file)
+    say("merging in float32")
+    difference = merge_to_folder("smollm2", str(adapter), str(merged), "float32")["max_difference"]
     result = {
-        "base_accuracy": scores[None]["accuracy"],
-        "adapter_accuracy": scores["adapter"]["accuracy"],
-        "merged_max_difference": merged["max_difference"],
+        "base_accuracy": accuracy[None],
+        "adapter_accuracy": accuracy["adapter"],
+        "merged_max_difference": difference,
         "seconds": time.perf_counter() - start,
-        "training_seconds": trained["seconds"],
-        "tokens_per_second": trained["tokens_per_second"],
+        "training_seconds": told["seconds"],
+        "tokens_per_second": told["tokens_per_second"],
         "peak_memory_mb": peak_memory_mb(),
     }
     write_json(HERE / "result.json", result)
-    for text, before, after in said:
-        console.print(f"\n{text}\n  before: {before!r}\n  after:  {after!r}", highlight=False)
-    console.print(f"\naccuracy on {TEST_ROWS} held-out reviews: base {result['base_accuracy']:.1%}, "
-                  f"adapter {result['adapter_accuracy']:.1%}", highlight=False)  # fmt: skip
-    console.print(f"merged model: logits within {merged['max_difference']:.1e} of base and adapter", highlight=False)
-    console.print(f"adapter: {adapter}\nmerged model: {folder / 'merged'}\nresult: {HERE / 'result.json'}")
-    console.print(json.dumps(result))
+    show(said, result, adapter, merged)
 
 
 if __name__ == "__main__":
+    hush()
     main()

@@ -190,7 +190,7 @@ def test_wrong_use_is_named():
         pass
     with pytest.raises(UsageError, match="already"):
         bank.add("a", inlay.LoRA())
-    with pytest.raises(UsageError, match="rank"):
+    with pytest.raises(UsageError, match="r is 0"):
         inlay.LoRA(r=0)
     with pytest.raises(UsageError, match="4 rows"), bank.route(["a"] * 4):
         model(input_ids=torch.ones(3, 5, dtype=torch.long))

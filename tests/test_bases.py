@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 import inlay
-from inlay.bases import cache, dtypes, wheels
+from inlay.bases import cache, dtypes, extras, measure, wheels
 from inlay.bases.fingerprint import fingerprint, same_base
+from inlay.bases.folders import stored
 from inlay.bases.gguf import convert
 from inlay.bases.load import load_base, pull, resolve
 from inlay.bases.reviews import reviews_csv
@@ -127,29 +127,95 @@ def test_dtypes_by_name():
         dtypes.pick_dtype("int8", "cpu")
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "expected"),
-    [
-        ("processor\t: 0\nflags\t\t: fpu sse avx512f avx512_bf16\n", torch.bfloat16),
-        ("flags\t\t: fpu amx_bf16 amx_tile\n", torch.bfloat16),
-        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", torch.bfloat16),
-        ("flags\t\t: fpu avx2 avx512f\nbugs\t\t: bf16\n", torch.float32),
-        ("", torch.float32),
-        (None, torch.float32),
-    ],
-)
-def test_auto_is_bfloat16_where_the_processor_has_it(cpuinfo, expected, monkeypatch):
-    def read(self, *_, **__):
-        if cpuinfo is None:
-            raise FileNotFoundError
-        return cpuinfo
+@pytest.fixture
+def fresh(home, monkeypatch):
+    """A machine of which nothing is known; `fresh(float32, bfloat16)` says how many seconds products take on it."""
+    monkeypatch.setattr(measure, "_seen", {})
 
-    monkeypatch.setattr(Path, "read_text", read)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    monkeypatch.setattr(dtypes.platform, "system", lambda: "Linux")
-    dtypes._cpu_has_bf16.cache_clear()
-    assert dtypes.pick_dtype("auto", "cpu") == expected
-    dtypes._cpu_has_bf16.cache_clear()
+    def takes(**seconds):
+        asked = []
+
+        def timed(layer, tokens):
+            asked.append((layer[0].shape, tokens))
+            return seconds[dtypes.dtype_name(layer[0].dtype)]
+
+        monkeypatch.setattr(measure, "_timed", timed)
+        monkeypatch.setattr(measure, "_seen", {})
+        return asked
+
+    return takes
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "expected"),
+    [(0.2, 0.1, torch.bfloat16), (0.1, 0.2, torch.float32), (0.1, 9, torch.float32)],
+)
+def test_auto_is_the_faster_one(float32, bfloat16, expected, fresh):
+    asked = fresh(float32=float32, bfloat16=bfloat16)
+    assert dtypes.pick_dtype("auto", "cpu", {"hidden_size": 300, "intermediate_size": 700}) == expected
+    assert {shape for shape, _ in asked} == {(700, 300)}
+    assert (max(tokens for _, tokens in asked) == 32) == (bfloat16 == 9)  # hopeless: no more tokens are tried
+
+
+def test_a_machine_is_measured_once_for_each_size(fresh, home):
+    fresh(float32=0.2, bfloat16=0.1)
+    sizes = [{"hidden_size": 300, "intermediate_size": 700}, {"n_embd": 512, "n_inner": None}, {"d_model": 64}, None]
+    first = [measure.speeds(size) for size in sizes]
+    asked = fresh(float32=0.1, bfloat16=0.2)  # another process: what it measures now would be the contrary
+    assert [measure.speeds(size) for size in sizes] == first and not asked
+    assert first[0]["bfloat16"] == pytest.approx(2 * first[0]["float32"])
+    assert measure.shape_of(sizes[1]) == (512, 2048) and measure.shape_of(sizes[2]) == (256, 256)
+    assert measure.shape_of({"text_config": {"hidden_size": 10**6, "intermediate_size": 10**6}}) == (2048, 4096)
+    kept = json.loads((home / "machine.json").read_text())["gflops"]
+    assert len(kept) == 4 and all(torch.__version__ in key for key in kept)
+
+
+BROKEN = [
+    b"",
+    b"{",
+    b"[]",
+    b"\xff\x00",
+    b'{"gflops": 5}',
+    b'{"gflops": {"a": 5}}',
+    b'{"gflops": {"KEY": {"float32": -1.0}}}',
+]
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_broken_file_of_measurements_is_measured_again(content, fresh, home):
+    fresh(float32=0.2, bfloat16=0.1)
+    before = measure.speeds()
+    key = next(iter(json.loads((home / "machine.json").read_text())["gflops"])).encode()
+    (home / "machine.json").write_bytes(content.replace(b"KEY", key))
+    asked = fresh(float32=0.1, bfloat16=0.2)
+    assert measure.speeds()["float32"] == before["bfloat16"] and asked
+    assert json.loads((home / "machine.json").read_text())["gflops"][key.decode()]["float32"] == before["bfloat16"]
+
+
+def test_without_a_cache_it_is_measured_each_time(fresh, home):
+    home.write_text("a file, where a folder should be")
+    for _ in range(2):
+        asked = fresh(float32=0.2, bfloat16=0.1)
+        assert dtypes.pick_dtype("auto") == torch.bfloat16 and asked
+        assert dtypes.pick_dtype("auto") == torch.bfloat16  # within a process the answer stays
+    assert home.is_file()
+
+
+def test_auto_fits_in_memory(fresh, folder, monkeypatch):
+    fresh(float32=0.1, bfloat16=0.2)
+    monkeypatch.setattr(dtypes, "free_memory", lambda: 4000)
+    assert dtypes.pick_dtype("auto", "cpu", None, 700) == torch.float32
+    assert dtypes.pick_dtype("auto", "cpu", None, 1000) == torch.bfloat16
+    assert load_base(str(folder), "auto", "cpu").dtype == torch.bfloat16
+    monkeypatch.setattr(dtypes, "free_memory", lambda: 1 << 40)
+    assert load_base(str(folder), "auto", "cpu").dtype == torch.float32
+
+
+def test_products_are_really_measured(home):
+    threads = torch.get_num_threads()
+    measured = measure._measured(256, 512)
+    assert set(measured) == {"float32", "bfloat16"} and all(0 < value < 1e6 for value in measured.values())
+    assert torch.get_num_threads() == threads and dtypes.free_memory() > 0
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda:77"])
@@ -256,6 +322,83 @@ def test_folders_that_are_no_base(folder, tmp_path):
     (folder / "adapter_config.json").unlink()
     (folder / "config.json").write_text("{")
     refused(FormatError, "config.json", "not JSON", name=folder)
+
+
+def test_what_people_take_for_a_base(folder, tmp_path):
+    run = tmp_path / "run"
+    bank = inlay.attach(load_base(str(folder), "float32", "cpu").model)
+    bank.add("a", inlay.LoRA(r=2))
+    bank.save("a", run / "adapter")
+    (run / "run.json").write_text("{}")
+    refused(UsageError, "run's folder", "--adapter", f"--base {folder}", name=run)
+    refused(UsageError, "It is an adapter", f"--base {folder}", name=run / "adapter")
+    (run / "adapter" / "adapter_config.json").write_text("{")
+    refused(UsageError, "It is an adapter", "the model it was trained on", name=run / "adapter")
+    refused(UsageError, "is a file", f"Name a model's folder: {folder}", name=folder / "model.safetensors")
+    for name in ("", " ", "~nobody-of-this-name/base", "x" * 5000, "a\0b"):
+        refused(UsageError, "no base is called", name=name)
+
+
+def test_a_base_with_nan_is_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    assert stored(folder) == (sum(value.numel() for value in weights.values()), "float32")
+    for key, value in (("model.layers.1.mlp.up_proj.weight", float("nan")), ("model.norm.weight", float("-inf"))):
+        broken = {name: tensor.clone() for name, tensor in weights.items()}
+        broken[key].view(-1)[-1] = value
+        save_file(broken, folder / "model.safetensors", {"format": "pt"})
+        for dtype in ("float32", "bfloat16", "float16"):
+            with pytest.raises(FormatError, match=f"NaN or infinity in 1 weights: {key}"):
+                load_base(str(folder), dtype, "cpu")
+    big = {name: torch.full_like(tensor, 3e4) for name, tensor in weights.items()}
+    save_file(big, folder / "model.safetensors", {"format": "pt"})
+    assert load_base(str(folder), "float16", "cpu").model is not None  # large, but numbers
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_files_that_may_not_be_read(name, folder):
+    (folder / name).chmod(0)
+    refused(InlayError, name, "Permission denied", name=folder)
+
+
+def test_settings_that_nobody_would_write(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    refused(FormatError, "config.json", "not JSON", name=folder)
+    (folder / "config.json").write_text('{"architectures": 5, "model_type": "llama", "hidden_size": "x"}')
+    refused(FormatError, str(folder), "cannot be loaded", name=folder)
+
+
+def test_an_extra_is_asked_for_by_name(tmp_path, monkeypatch):
+    extras.require("json", "--optimizer lion", "optimizers")
+    with pytest.raises(InlayError, match=r"--optimizer lion needs nosuchthing, .* not installed. pip install 'lion-py"):
+        extras.require("nosuchthing.part", "--optimizer lion", "optimizers")
+    (tmp_path / "brokenthing.py").write_text("raise OSError('libcuda is not there')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InlayError, match=r"cannot be imported here \(libcuda is not there\)"):
+        extras.require("brokenthing", "--track x", "track")
+    assert any(package.startswith("transformers>=") for package in extras.plain_packages())
+    assert all(extras.extra_packages(extra) != (extra,) for extra in extras.EXTRAS)
+
+
+NOTICES = """
+from inlay.bases.quiet import hush
+hush()
+import transformers, warnings, logging
+from inlay.methods.table import METHODS
+import inlay, torch
+config = transformers.LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+)
+bank = inlay.attach(transformers.LlamaForCausalLM(config))
+bank.add("x", METHODS["prefix"](num_virtual_tokens=2))
+with bank.recomputing(), bank.route(["x"]):
+    bank.model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+"""
+
+
+def test_libraries_keep_their_notices_to_themselves():
+    done = subprocess.run([sys.executable, "-c", NOTICES], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def test_pickles_are_not_opened(folder):

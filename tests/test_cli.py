@@ -136,7 +136,7 @@ def test_other_kinds_of_rows(base_folder, tmp_path):
     [
         (["--base", "nothing"], "no base is called 'nothing'"),
         (["--data", "no.csv"], "no.csv does not exist"),
-        (["--method", "lora2"], "Methods: lora"),
+        (["--method", "lora2"], "Did you mean 'lora'"),
         (["--set", "rank=3"], "no setting 'rank'"),
         (["--set", "r"], "Write --set key=value"),
         (["--set", "targets=zzz"], "Candidates: "),
@@ -223,7 +223,7 @@ def test_a_run_has_a_report_a_card_and_a_plan_of_memory(trained):
     assert "<svg" in (out / "report.html").read_text() and "held-out" in (out / "adapter" / "README.md").read_text()
     story = json.loads((out / "run.json").read_text())
     assert story["memory"]["estimate_mb"] > story["memory"]["least_mb"] > 0
-    assert story["samples"] and sum(map(sum, story["confusion"]["adapter"])) == story["data"]["heldout_rows"]
+    assert story["samples"] and sum(map(sum, story["confusion"]["adapter"])) == story["final_rows"]
     assert result["duplicates"] == 0 and (out / "last" / "adapter_model.safetensors").exists()
 
 

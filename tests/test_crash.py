@@ -121,7 +121,7 @@ def test_a_crash_at_any_write_is_survived(share, base_folder, reviews, whole, tm
     total = points(base_folder, reviews, tmp_path / "count", monkeypatch)
     assert total > 40
     for number in range(1 + share, total + 1, 4):
-        out = tmp_path / str(number)
+        out = tmp_path / str(number) / "run"  # the card names the folder
 
         def killed(number=number, out=out):
             with dying_at(number, monkeypatch):
@@ -151,8 +151,10 @@ def command(base_folder, reviews, out, *more):
 
 def test_five_real_kills_and_the_adapter_is_the_same(base_folder, reviews, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    straight = subprocess.run(command(base_folder, reviews, tmp_path / "a"), capture_output=True, env=env, check=True)
-    out = tmp_path / "b"
+    straight = subprocess.run(
+        command(base_folder, reviews, tmp_path / "a" / "run"), capture_output=True, env=env, check=True
+    )
+    out = tmp_path / "b" / "run"
     kinds = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL]
     for n, kind in enumerate(kinds):
         more = ["--resume"] if n else []
@@ -173,7 +175,7 @@ def test_five_real_kills_and_the_adapter_is_the_same(base_folder, reviews, tmp_p
         if process.returncode == 130:
             assert b"--resume" in errors
     done = subprocess.run(command(base_folder, reviews, out, "--resume"), capture_output=True, env=env, check=True)
-    assert content(out) == content(tmp_path / "a")
+    assert content(out) == content(tmp_path / "a" / "run")
     assert steps_of(out) == list(range(1, 41))
     theirs, ours = json.loads(straight.stdout), json.loads(done.stdout)
     assert theirs["tokens"] == ours["tokens"] and theirs["heldout"] == ours["heldout"]
@@ -205,22 +207,24 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(base_folder, reviews,
     newest.write_bytes(raw)
     said = []
     run(settings(base_folder, reviews, out, resume=True), say=said.append)
-    assert "damaged" in said[0] and "after step 2" in said[1]
+    damaged = next(n for n, line in enumerate(said) if "damaged" in line)
+    assert "after step 2" in said[damaged + 1]
     assert content(out) == whole and steps_of(out) == list(range(1, STEPS + 1))
 
 
 def test_nothing_to_resume_is_said_and_the_run_starts_afresh(base_folder, reviews, whole, tmp_path):
     said = []
     run(settings(base_folder, reviews, tmp_path / "run", resume=True), say=said.append)
-    assert "starting afresh" in said[0]
+    assert any("starting afresh" in line for line in said)
     assert content(tmp_path / "run") == whole
-    broken_off(base_folder, reviews, tmp_path / "b")
-    for file in (tmp_path / "b" / "checkpoints").iterdir():
+    out = tmp_path / "b" / "run"
+    broken_off(base_folder, reviews, out)
+    for file in (out / "checkpoints").iterdir():
         file.write_bytes(b"garbage")
     said.clear()
-    run(settings(base_folder, reviews, tmp_path / "b", resume=True), say=said.append)
+    run(settings(base_folder, reviews, out, resume=True), say=said.append)
     assert any("starting afresh" in line for line in said)
-    assert content(tmp_path / "b") == whole and steps_of(tmp_path / "b") == list(range(1, STEPS + 1))
+    assert content(out) == whole and steps_of(out) == list(range(1, STEPS + 1))
 
 
 def test_other_settings_or_data_are_refused_with_the_difference(base_folder, reviews, tmp_path):
@@ -289,3 +293,300 @@ def test_two_runs_in_one_folder_are_refused_and_a_dead_one_holds_nothing(base_fo
 def _refused(base_folder, reviews, out):
     with pytest.raises(InlayError, match="another run is at work"):
         run(settings(base_folder, reviews, out, resume=True), say=lambda line: None)
+
+
+def test_a_run_that_diverged_after_a_resume_keeps_what_it_would_have_kept(base_folder, reviews, tmp_path):
+    """The update that is taken back was made before the run was broken off."""
+
+    def ruin(contender, total):
+        if contender.step == 3 and contender.live:
+            for parameter in contender.parameters:
+                parameter.data.fill_(1e17)
+
+    given = {"heldout": "0", "eval_every": None}
+    ends = []
+    for name, after in (("a", None), ("b", 3)):
+        out = tmp_path / name / "run"
+        if after is None:
+            result = run(settings(base_folder, reviews, out, **given), ruin, say=lambda line: None)
+        else:
+
+            def stop(contender, total):
+                ruin(contender, total)
+                if contender.step == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+            with pytest.raises(KeyboardInterrupt):
+                run(settings(base_folder, reviews, out, **given), stop, say=lambda line: None)
+            result = run(settings(base_folder, reviews, out, resume=True, **given), say=lambda line: None)
+        assert result["status"] == "diverged at step 4" and result["best_step"] == 2
+        ends.append((out / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert ends[0] == ends[1]
+
+
+def test_a_resumed_run_keeps_its_dtype(base_folder, reviews, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    broken_off(base_folder, reviews, out, dtype="bfloat16")
+    story = json.loads((out / "run.json").read_text())
+    assert story["dtype"] == "bfloat16"
+    story["config"]["dtype"] = "auto"  # as though this machine had chosen it
+    (out / "run.json").write_text(json.dumps(story))
+    monkeypatch.setattr("inlay.bases.load.pick_dtype", lambda name, *rest: getattr(torch, name))
+    run(settings(base_folder, reviews, out, resume=True, dtype="auto"), say=lambda line: None)
+    assert json.loads((out / "run.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((out / "adapter" / "inlay.json").read_text())["dtype"] == "bfloat16"
+
+
+# ---- more of a finished run, and more of a saved adapter
+
+
+def test_a_finished_run_is_extended(base_folder, reviews, tmp_path):
+    out, said, rates = tmp_path / "run", [], []
+    first = run(settings(base_folder, reviews, out))
+    with pytest.raises(UsageError, match=r"lr was 0\.01, is 0\.02"):
+        run(settings(base_folder, reviews, out, resume=True, steps=2 * STEPS, lr=2e-2))
+    result = run(
+        settings(base_folder, reviews, out, resume=True, steps=2 * STEPS),
+        lambda contender, total: rates.append((contender.step, total, contender.rate)), said.append,
+    )  # fmt: skip
+    assert any(f"going on after step {STEPS}" in line for line in said)
+    assert result["steps"] == 2 * STEPS and result["tokens"] > first["tokens"] and result["status"] == "done"
+    assert steps_of(out) == list(range(1, 2 * STEPS + 1))
+    # the rate is what the schedule of the new total says at each step
+    assert rates == [(s, 12, pytest.approx(1e-2 * (1 - (s - 1) / 12))) for s in range(STEPS + 1, 2 * STEPS + 1)]
+    for fewer in (2 * STEPS, STEPS):
+        assert run(settings(base_folder, reviews, out, resume=True, steps=fewer), say=said.append) == result
+        assert "nothing to go on with" in said[-1]
+
+
+def test_an_extended_run_survives_being_broken_off(base_folder, reviews, tmp_path):
+    ends = []
+    for name in ("a", "b"):
+        out = tmp_path / name / "run"
+        run(settings(base_folder, reviews, out), say=lambda line: None)
+        if name == "b":
+            broken_off(base_folder, reviews, out, 2 * STEPS - 3, resume=True, steps=2 * STEPS)
+            assert json.loads((out / "run.json").read_text())["status"] == "running"
+        run(settings(base_folder, reviews, out, resume=True, steps=2 * STEPS), say=lambda line: None)
+        ends.append(content(out))
+    assert ends[0] == ends[1]
+
+
+def test_epochs_extend_and_lost_checkpoints_do_not(base_folder, reviews, tmp_path):
+    out = tmp_path / "run"
+    first = run(settings(base_folder, reviews, out, steps=None, epochs=1), say=lambda line: None)
+    assert run(settings(base_folder, reviews, out, steps=None, epochs=2, resume=True))["steps"] == 2 * first["steps"]
+    for file in (out / "checkpoints").iterdir():
+        file.unlink()
+    before = content(out)
+    with pytest.raises(UsageError, match="no checkpoint to go on from"):
+        run(settings(base_folder, reviews, out, steps=None, epochs=3, resume=True))
+    assert content(out) == before and json.loads((out / "run.json").read_text())["status"] == "done"
+
+
+def test_a_saved_adapter_is_where_another_run_begins(base_folder, reviews, tmp_path):
+    given = {"method": "prefix", "set": {"num_virtual_tokens": 3}, "lr": 1e-2}
+    first = run(settings(base_folder, reviews, tmp_path / "a", **given), say=lambda line: None)
+    seen = []
+    more = {"method": "lora", "set": {}, "template": None, "verbalizer": None, "steps": 1, "lr": 1e-30}
+    for source in (tmp_path / "a", tmp_path / "a" / "adapter"):
+        out = tmp_path / f"b{len(seen)}"
+        start = settings(base_folder, reviews, out, init_from=str(source), **more)
+        result = run(start, say=lambda line: None)
+        seen.append(result)
+        assert result["method"] == first["method"] and result["heldout"] == pytest.approx(first["heldout"], abs=1e-4)
+        notes = json.loads((out / "adapter" / "inlay.json").read_text())
+        assert notes["template"]["prompt"] == "Review: {text}\nSentiment:"
+    run(settings(base_folder, reviews, tmp_path / "b0", init_from=str(tmp_path / "a"), resume=True, **more))
+    with pytest.raises(UsageError, match="Leave --method and --set out"):
+        settings(base_folder, reviews, tmp_path / "c", init_from=str(tmp_path / "a"), **{**more, "set": {"r": 4}})
+    with pytest.raises(UsageError, match="does not exist"):
+        run(settings(base_folder, reviews, tmp_path / "c", init_from=str(tmp_path / "none"), **more))
+    assert not (tmp_path / "c").exists()
+
+
+# ---- nothing is left of what never began
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["estimate", "first step", "tracker"])
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder(where, base_folder, reviews, tmp_path, monkeypatch):
+    def boom(*args, **kwargs):
+        raise Boom
+
+    spots = {
+        "estimate": "inlay.training.work.estimate_mb",
+        "first step": "inlay.training.loop._gradients",
+        "tracker": "inlay.training.run.Tracker",
+    }
+    monkeypatch.setattr(spots[where], boom)
+    with pytest.raises(Boom):
+        run(settings(base_folder, reviews, tmp_path / "deep" / "run"), say=lambda line: None)
+    assert not (tmp_path / "deep").exists()
+    there = tmp_path / "there"
+    (there / "sub").mkdir(parents=True)
+    (there / "mine.txt").write_text("kept")
+    with pytest.raises(Boom):
+        run(settings(base_folder, reviews, there), say=lambda line: None)
+    assert sorted(p.name for p in there.rglob("*")) == ["mine.txt", "sub"]
+
+
+def test_a_resume_that_fails_leaves_the_run_as_it_was(base_folder, reviews, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    broken_off(base_folder, reviews, out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    def boom(*args):
+        raise Boom
+
+    with monkeypatch.context() as patch:
+        patch.setattr("inlay.training.loop._gradients", boom)
+        with pytest.raises(Boom):
+            run(settings(base_folder, reviews, out, resume=True), say=lambda line: None)
+    lines = before.pop(out / "metrics.jsonl")
+    assert lines.startswith((out / "metrics.jsonl").read_bytes())  # cut to the checkpoint, as any resume does
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "metrics.jsonl"} == before
+    run(settings(base_folder, reviews, out, resume=True), say=lambda line: None)
+    assert content(out) == whole
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"track": "paper"}, "Trackers: "),
+        ({"track": "clearml"}, "pip install clearml"),
+        ({"metric": "perplexity"}, "no metric 'perplexity'"),
+        ({"heldout": "nowhere.csv"}, "does not exist"),
+        ({"group": "who"}, "no column 'who'"),
+        ({"columns": {"text": "body"}}, "no column 'body'"),
+        ({"heldout": "0", "patience": 2}, "held-out rows"),
+    ],
+)
+def test_what_needs_no_base_is_checked_before_it_is_loaded(more, said, base_folder, reviews, tmp_path, monkeypatch):
+    def never(*args):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("inlay.training.run.load_base", never)
+    with pytest.raises(InlayError, match=said):
+        run(settings(base_folder, reviews, tmp_path / "run", **more), say=lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_library_is_named_before_the_base_is_loaded(base_folder, reviews, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
+    monkeypatch.setattr("inlay.training.run.load_base", None)
+    with pytest.raises(InlayError, match="lion needs"):
+        run(settings(base_folder, reviews, tmp_path / "run", optimizer="lion"), say=lambda line: None)
+
+
+def test_folders_that_cannot_be_are_refused_at_once(base_folder, reviews, tmp_path, monkeypatch):
+    monkeypatch.setattr("inlay.training.run.load_base", None)
+    (tmp_path / "file").write_text("x")
+    for out, said in ((tmp_path / "file" / "run", "which is a file"), (tmp_path / "file", "is a file")):
+        with pytest.raises(UsageError, match=said):
+            run(settings(base_folder, reviews, out), say=lambda line: None)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "run.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(InlayError, match="cannot be read"):
+        run(settings(base_folder, reviews, tmp_path / "odd", resume=True), say=lambda line: None)
+
+
+# ---- a disk that is really full
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, of 60 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60k", "none", disk], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("mounting a disk takes root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)  # a checkpoint that was read may still be mapped
+
+
+def fill(disk, leave):
+    """Fill `disk` up to about `leave` bytes."""
+    (disk / "other").unlink(missing_ok=True)
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "other").write_bytes(b"\0" * max(0, free - leave))
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_disk_that_fills_up_keeps_what_was_written(step, base_folder, reviews, whole, small_disk):
+    out, said = small_disk / "run", []
+    if step > 1:  # two checkpoints have no room in 60 KB
+        subprocess.run(["mount", "-o", "remount,size=400k", small_disk], check=True)
+
+    def filled(contender, total):
+        if contender.step == step:
+            fill(small_disk, 0)
+
+    given = {"set": {"r": 1, "dropout": 0.1}, "keep_checkpoints": 1}
+    with pytest.raises(InlayError, match=r"cannot be written \(No space left on device\)") as found:
+        run(settings(base_folder, reviews, out, **given), filled, said.append)
+    assert "--resume" in found.value.remedy and str(out) in str(found.value)
+    assert any(line.startswith(f"no checkpoint at step {step} (No space left") for line in said)
+    files = sorted(f.name for f in (out / "checkpoints").iterdir()) if (out / "checkpoints").exists() else []
+    assert files == ([f"step-{step - 1:08d}.safetensors"] if step > 1 else [])
+    assert ("the checkpoint step-00000003" in found.value.what) == (step > 1)
+    assert not list(out.rglob(".*.part")) and json.loads((out / "run.json").read_text())["status"] == "running"
+    (small_disk / "other").unlink()
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    run(settings(base_folder, reviews, out, resume=True, **given), say=said.append)
+    other = small_disk.parent / "straight" / "run"
+    run(settings(base_folder, reviews, other, **given), say=said.append)
+    assert content(out) == content(other) and steps_of(out) == list(range(1, STEPS + 1))
+
+
+def test_a_disk_that_is_full_for_a_while_is_said_and_training_goes_on(base_folder, reviews, small_disk):
+    out, said = small_disk / "run", []
+
+    def filled(contender, total):
+        if contender.step == 2:
+            fill(small_disk, 0)
+        elif contender.step == 4:
+            (small_disk / "other").unlink()
+
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    run(settings(base_folder, reviews, out), filled, said.append)
+    assert sum("no checkpoint at step" in line for line in said) == 2
+    assert steps_of(out) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("leave", [0, 4096])
+def test_a_disk_that_is_full_at_the_start_leaves_nothing(leave, base_folder, reviews, small_disk):
+    fill(small_disk, leave)
+    out = small_disk / "run"
+    with pytest.raises(InlayError, match="No space left on device"):
+        run(settings(base_folder, reviews, out, checkpoint_every=100, heldout="0"), say=lambda line: None)
+    if not leave:
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["final.jsonl", "report.html", "run.json", "README.md", "adapter_model.safetensors"])
+def test_a_disk_that_fills_up_at_the_end_is_one_line_and_the_run_goes_on_from_there(
+    name, base_folder, reviews, whole, tmp_path, monkeypatch
+):
+    out, ended = tmp_path / "run", []
+    real = inlay.files.os.fsync
+
+    def full(handle):
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if ended and f".{name}." in path:
+            raise OSError(28, "No space left on device")
+        return real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inlay.files.os, "fsync", full)
+        with pytest.raises(InlayError, match=f"{name} cannot be written.*the checkpoint step-00000006"):
+            run(
+                settings(base_folder, reviews, out),
+                lambda contender, total: ended.append(1) if contender.step == total else None, lambda line: None,
+            )  # fmt: skip
+    run(settings(base_folder, reviews, out, resume=True), say=lambda line: None)
+    assert content(out) == whole

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from inlay.data.encode import Encoder
-from inlay.data.table import read_table, shuffled, split
+from inlay.data.prepare import prepare
+from inlay.data.table import read_table
 from inlay.data.template import Columns, Template, choose_template, parse_verbalizer
 from inlay.errors import DataError, UsageError
 
@@ -75,15 +76,6 @@ def test_paths_that_cannot_be_data(tmp_path):
         read_table(written(tmp_path, "a.xyz", "1"))
 
 
-def test_equal_rows_never_straddle_the_split(tmp_path):
-    rows = [{"text": f"row {n % 50}", "label": "0"} for n in range(200)]
-    table = read_table(written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))))
-    train, held = split(table.rows, 0.3)
-    assert len(train) + len(held) == 200 and held and train
-    assert not {row.values["text"] for row in train} & {row.values["text"] for row in held}
-    assert shuffled(table.rows, 1) == shuffled(tuple(reversed(table.rows)), 1) != shuffled(table.rows, 2)
-
-
 def table_of(tmp_path, rows):
     return read_table(written(tmp_path, "t.jsonl", "\n".join(map(json.dumps, rows))))
 
@@ -109,7 +101,7 @@ def test_a_cloze_learns_its_word_and_the_end(tmp_path, tokenizer):
 def test_the_prompt_is_cut_and_the_answer_never(tmp_path, tokenizer):
     table = table_of(tmp_path, [{"text": "film " * 50, "label": 1}, {"text": "ok", "label": 0}])
     template = choose_template(table, Columns(), "Review: {text}\nSentiment:", {"0": ["negative"], "1": ["positive"]})
-    prepared = Encoder(tokenizer, template, 24).examples(table.rows)
+    prepared = prepare(Encoder(tokenizer, template, 24), table.rows)
     example = prepared.examples[0]
     assert len(example.ids) == 24 and prepared.counts["cut"] == 1
     text = tokenizer.decode(example.ids)
@@ -117,7 +109,7 @@ def test_the_prompt_is_cut_and_the_answer_never(tmp_path, tokenizer):
     long = table_of(
         tmp_path, [{"prompt": "a", "completion": " answer" * 40}, {"prompt": "question " * 40, "completion": " ok"}]
     )
-    prepared = Encoder(tokenizer, choose_template(long, Columns()), 20).examples(long.rows)
+    prepared = prepare(Encoder(tokenizer, choose_template(long, Columns()), 20), long.rows)
     assert prepared.counts["dropped: answer too long"] == 1 and len(prepared.examples) == 1
     assert learned(tokenizer, prepared.examples[0]) == " ok<|im_end|>" and len(prepared.examples[0].ids) == 20
 
@@ -164,10 +156,13 @@ def test_labels_outside_the_verbalizer_and_rows_without_answers(tmp_path, tokeni
     table = table_of(tmp_path, [{"text": "a", "label": 0}, {"text": "b", "label": 7}])
     template = choose_template(table, Columns(), None, {"0": ["no"], "1": ["yes"]})
     with pytest.raises(DataError, match=r"line 2 has the label '7'.*'0', '1'"):
-        Encoder(tokenizer, template, 32).examples(table.rows)
+        prepare(Encoder(tokenizer, template, 32), table.rows)
     empty = table_of(tmp_path, [{"prompt": "a", "completion": None}])
+    with pytest.raises(DataError, match=r"none of the 1 rows.*1 dropped: no answer"):
+        prepare(Encoder(tokenizer, choose_template(empty, Columns()), 32), empty.rows)
+    odd = table_of(tmp_path, [{"prompt": "a", "completion": 4}])
     with pytest.raises(DataError, match="line 1: column 'completion' holds no text"):
-        Encoder(tokenizer, choose_template(empty, Columns()), 32).examples(empty.rows)
+        prepare(Encoder(tokenizer, choose_template(odd, Columns()), 32), odd.rows)
 
 
 def test_a_template_travels():

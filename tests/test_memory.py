@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -16,7 +18,10 @@ from inlay.evaluation.score import judge
 from inlay.methods.table import METHODS
 from inlay.training.loop import enter, go_on, train
 from inlay.training.memory import Room, current_memory_mb, parse_size, saved_bytes
+from inlay.training.peaks import Peaks, why_otherwise
 from inlay.training.plan import Plan
+from inlay.training.run import run
+from test_crash import reviews, settings  # noqa: F401
 from test_training import PLANS, examples
 from zoo import make
 
@@ -155,8 +160,52 @@ def test_checkpointing_keeps_less_and_the_estimate_counts_it():
 
 def test_sizes_are_read():
     assert parse_size("4GB") == 4096 and parse_size("900 MB") == 900 and parse_size("1.5GiB") == 1536
-    assert parse_size("1048576") == 1 and parse_size("none") is None and parse_size(None) is None
+    assert parse_size("none") is None and parse_size(None) is None
     assert parse_size("auto") > current_memory_mb()
-    for text in ("much", "4 parsecs", "0GB", "-1GB", ""):
+    for text in ("much", "4 parsecs", "0GB", "-1GB", "", "1048576"):
         with pytest.raises(UsageError, match="4GB"):
             parse_size(text)
+
+
+def peaks(highest, part, tokens=900):
+    found = Peaks(torch.device("cpu"))
+    found.highest, found.part, found.tokens = highest, part, tokens
+    return found
+
+
+@pytest.mark.parametrize(
+    ("highest", "part", "more", "said"),
+    [
+        (1100, "steps", {}, ""),
+        (900, "steps", {}, ""),
+        (1300, "loading", {}, "while the base was loaded"),
+        (1300, "scoring", {}, "scoring the held-out rows"),
+        (1300, "steps", {}, "compiled kernels"),
+        (700, "steps", {"backed_off": [{"to": 50}]}, "cut to 50 tokens at once"),
+        (700, "steps", {}, "a step of the longest rows, 1000 tokens; the largest had 900"),
+        (700, "steps", {"step_tokens": 910}, "kept less"),
+    ],
+)
+def test_a_peak_far_from_the_estimate_is_explained(highest, part, more, said):
+    memory = {"estimate_mb": 1000.0, "tokens_at_once": 50, "step_tokens": 1000, "backed_off": [], **more}
+    why = why_otherwise(peaks(highest, part), memory)
+    assert (said in why and why.endswith(".")) if said else why == ""
+
+
+def test_the_part_that_raised_the_peak_last_is_remembered(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("inlay.training.peaks.peak_memory_mb", lambda: now[0])
+    found = Peaks(torch.device("cpu"))
+    for part, peak, tokens in (("loading", 100, 0), ("steps", 150, 7), ("scoring", 150, 0), ("steps", 150, 5)):
+        now[0] = peak
+        found.note(part, tokens)
+    assert (found.highest, found.part, found.tokens) == (150, "steps", 7)
+    now[0] = 200
+    found.note("scoring")
+    assert found.part == "scoring"
+
+
+def test_a_run_says_why_its_peak_was_another(base_folder, reviews, tmp_path):  # noqa: F811
+    run(settings(base_folder, reviews, tmp_path / "run"), say=lambda line: None)
+    memory = json.loads((tmp_path / "run" / "run.json").read_text())["memory"]
+    assert memory["step_tokens"] > 0 and isinstance(memory["why"], str)

@@ -174,7 +174,7 @@ def test_neftune_noise_has_the_papers_size():
 
 def test_wrong_numbers_are_refused():
     for settings, said in (
-        ({"optimizer": "adamx"}, "Optimizers: adamw"),
+        ({"optimizer": "adamx"}, "Did you mean 'adamw'"),
         ({"schedule": "up"}, "linear, cosine"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"warmup": 1.5}, "warmup is 1.5"),

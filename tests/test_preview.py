@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+import toks
 from inlay.data.chat import Chat
 from inlay.data.encode import Encoder
-from inlay.data.shown import shown
+from inlay.data.prepare import prepare
+from inlay.data.shown import pieces, shown
 from inlay.data.table import Row
 from inlay.data.template import Template
 from inlay.errors import DataError, UsageError
@@ -116,7 +118,7 @@ THINKING = (
 )
 def test_templates_that_would_spoil_a_run_are_refused_with_the_row(jinja, said, tokenizer):
     with pytest.raises(DataError, match=said) as error:
-        encoder_of(tokenizer, jinja=jinja).examples([row()])
+        prepare(encoder_of(tokenizer, jinja=jinja), [row()])
     assert "talk.jsonl, line 7" in str(error.value)
 
 
@@ -198,3 +200,51 @@ def test_virtual_tokens_before_the_answer_train_and_are_used_there(base_folder, 
     assert again["adapters"][str(out / "adapter")]["loss"] == pytest.approx(result["heldout"]["loss"], abs=1e-4)
     assert json.loads((out / "adapter" / "inlay.json").read_text())["virtual_tokens_at"] == "before-answer"
     call("train", *given, "--out", tmp_path / "b", "--virtual-tokens-at", "before-answer", code=2)
+
+
+SIGNS = ["很", "好看", "😀", "👩‍👩‍👧", "e\u0301", "न\u093c", "👍🏽", "é", "한"]
+
+
+@pytest.mark.parametrize("kind", [toks.byte_level, toks.llama_like])
+def test_characters_of_several_tokens_are_shown_whole(kind):
+    known = kind()
+    template = Template("label", "{text}这部电影很", "label", {"0": ["差"], "1": ["妙"]})
+    for sign in SIGNS:
+        one = Row({"text": f"film {sign}, good {sign}{sign}.", "label": 1}, 0, "f", 1)
+        encoder = Encoder(known, template, 200)
+        view = shown(encoder, one)
+        words = "".join(t.text for t in view.tokens if not t.part and not t.special)
+        assert words.removeprefix(" ") == f"{one.values['text']}这部电影很妙"
+        assert not any("⟨" in t.text or "\ufffd" in t.text for t in view.tokens)
+        assert [t.id for t in view.tokens] == list(encoder.example(one).ids)
+        assert {t.text for t in view.tokens if t.part} <= {"·"}
+        assert "".join(t.text for t in view.tokens if t.learned and not t.part) == "妙</s>"
+        assert {"text", "id", "part"} <= set(view.to_dict()["tokens"][0])
+
+
+def test_bytes_that_are_no_character_are_shown_as_such():
+    known = toks.byte_level()
+    ids = known("好", add_special_tokens=False)["input_ids"]
+    broken = (
+        pieces(known, [*ids[:1], *known("a")["input_ids"]])
+        if len(ids) > 1
+        else pieces(known, [known("Ġ")["input_ids"][0]])
+    )
+    assert broken[0][0].startswith("⟨") and broken[-1][1] is False
+
+
+def test_what_stands_behind_the_answer_is_shown_as_learned():
+    template = Template("label", "{text} 总之，很", "label", {"0": ["差"], "1": ["好"]}, slot=True, after="。({text})")
+    view = shown(Encoder(toks.byte_level(), template, 200), Row({"text": "电影", "label": 1}, 0, "f", 1))
+    assert "".join(t.text for t in view.tokens if t.learned and not t.part) == "好。(电影)</s>"
+
+
+def test_dropped_rows_and_long_texts_are_shown_as_what_they_become():
+    known = toks.byte_level()
+    text = Encoder(known, Template("text", answer="text"), 20)
+    view = shown(text, Row({"text": "a good film " * 30}, 0, "f", 1))
+    assert view.pieces > 2 and view.cut == 0 and len(view.tokens) <= 20 and not view.dropped
+    assert shown(text, Row({"text": None}, 0, "f", 1)).dropped == "no text"
+    pairs = Encoder(known, Template("completion", "{prompt}", "completion"), 20)
+    view = shown(pairs, Row({"prompt": "a", "completion": "film " * 90}, 0, "f", 1))
+    assert view.dropped == "answer too long" and view.tokens

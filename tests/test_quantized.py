@@ -125,6 +125,6 @@ def test_what_cannot_be_quantized(base_folder, tmp_path, monkeypatch):
     bank.add("a", inlay.LoRA(r=2))
     with pytest.raises(UsageError, match="quantized"):
         bank.merge("a")
-    monkeypatch.setattr("inlay.bases.quantize.find_spec", lambda name: None)
-    with pytest.raises(InlayError, match=r"needs bitsandbytes and accelerate.*inlay\[quantize\]"):
+    monkeypatch.setattr("inlay.bases.extras.find_spec", lambda name: None)
+    with pytest.raises(InlayError, match=r"4bit needs bitsandbytes, which is not installed. pip install 'bitsandbytes"):
         load_base(str(base_folder), "float32", "cpu", "4bit")

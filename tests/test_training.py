@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
 import inlay
 from inlay.data.encode import Example
 from inlay.errors import UsageError
-from inlay.training.loop import train
+from inlay.sites.positions import positions_of, table_size
+from inlay.training.fitting import fit_of
+from inlay.training.forward import Segment, token_losses
+from inlay.training.loop import enter, go_on, train
+from inlay.training.memory import Room
 from inlay.training.plan import Plan
+from inlay.training.run import run as whole_run
+from inlay.training.settings import Settings
 from zoo import make
 
 
@@ -66,8 +75,9 @@ def test_a_raced_adapter_equals_its_solo_run(name, dtype, bound):
         assert learns(losses[plan.name])
 
 
-def test_divergence_and_an_early_stop_touch_nobody_else():
-    wild = Plan("wild", inlay.LoRA(r=2), lr=1e300, batch_size=4, steps=20)
+@pytest.mark.parametrize("lr", [1e300, 1e38])
+def test_divergence_and_an_early_stop_touch_nobody_else(lr):
+    wild = Plan("wild", inlay.LoRA(r=2), lr=lr, batch_size=4, steps=20)
     short = Plan("short", inlay.IA3(), lr=1e-2, batch_size=4, steps=20, stop_after=7)
     bank, _, contenders = run("llama", [wild, PLANS[0], short, PLANS[2]])
     assert contenders["wild"].stopped.startswith("diverged") and contenders["wild"].step < 20
@@ -75,6 +85,104 @@ def test_divergence_and_an_early_stop_touch_nobody_else():
     for plan in (PLANS[0], short, PLANS[2]):
         solo, _, _ = run("llama", [plan])
         same(bank, solo, plan.name, 1e-8)
+
+
+def outcome(steps=1, spoil=None, **settings):
+    """A contender beside a calm one, and the losses that its adapter gives when both have ended."""
+    plans = [Plan("a", inlay.LoRA(r=2), batch_size=4, steps=steps, **settings), replace(PLANS[0], steps=3)]
+    bank = inlay.attach(make("llama", dtype=torch.float32))
+    contenders = enter(bank, plans, 24)
+    if spoil is not None:
+        spoil(contenders[0])
+    start = contenders[0].values()
+    go_on(bank, contenders, examples(), Room(4096))
+    with torch.no_grad(), contenders[0].averaged():
+        losses = token_losses(bank, [Segment("a", example) for example in examples()])
+        kept = contenders[0].values()
+    return contenders, start, kept, torch.cat(losses), bank
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "schedule-free", "adamw-8bit"])
+@pytest.mark.parametrize("lr", [1e30, 1e38])
+def test_an_absurd_update_is_divergence_and_is_taken_back(lr, optimizer, steps):
+    contenders, start, kept, losses, bank = outcome(steps, lr=lr, optimizer=optimizer, schedule="constant", clip=1e9)
+    assert contenders[0].diverged and contenders[0].cause and contenders[0].sound == 0
+    assert all(torch.equal(kept[name], start[name]) for name in start)
+    assert bool(losses.isfinite().all())
+    calm, _, _ = run("llama", [replace(PLANS[0], steps=3)], torch.float32)
+    assert contenders[1].stopped == "done"
+    same(bank, calm, "lora", 2e-3)
+
+
+def test_an_optimizer_whose_state_is_no_number_is_divergence():
+    def spoil(contender):
+        real = contender.optimizer.step
+
+        def step():
+            real()
+            if contender.step == 1:
+                for state in contender.optimizer.state.values():
+                    state["exp_avg"].fill_(torch.nan)
+
+        contender.optimizer.step = step
+
+    contenders, start, kept, losses, _ = outcome(5, spoil, lr=1e-2)
+    assert contenders[0].stopped == "diverged at step 3" and contenders[0].sound == 2
+    assert bool(losses.isfinite().all()) and any(not torch.equal(kept[name], start[name]) for name in start)
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_what_is_kept_has_only_given_losses_that_are_numbers(steps):
+    """The update of step 2 is finite and ruins the adapter, which step 3 finds out, or a look at the end."""
+
+    def spoil(contender):
+        real = contender.optimizer.step
+
+        def step():
+            real()
+            if contender.step == 1:
+                for parameter in contender.parameters:
+                    parameter.data.fill_(1e17)
+            else:
+                contender.after = [p.detach().clone() for p in contender.parameters]
+
+        contender.optimizer.step = step
+
+    contenders, _, _, losses, _ = outcome(steps, spoil, lr=1e-2)
+    assert contenders[0].stopped == f"diverged at step {min(steps, 3)}" and contenders[0].sound == 1
+    assert bool(losses.isfinite().all())
+    kept = [p.detach() for p in contenders[0].parameters]
+    assert all(torch.equal(one, other) for one, other in zip(kept, contenders[0].after, strict=True))
+
+
+def test_an_ordinary_end_is_no_divergence_and_changes_nothing():
+    contenders, *_ = outcome(3, lr=1e-2)
+    assert contenders[0].stopped == "done" and contenders[0].sound == contenders[0].step == 3
+
+
+def test_the_rate_is_that_of_the_step_it_was_used_in():
+    seen = []
+    bank = inlay.attach(make("llama"))
+    plan = Plan("a", inlay.LoRA(r=2), lr=1.0, batch_size=4, steps=4, warmup=0.5, schedule="linear", clip=1e-9)
+    train(bank, [plan], examples(), on_step=lambda cs: seen.append(cs[0].rate))
+    assert seen == [0.0, 0.5, 1.0, 0.5]
+
+
+def test_the_order_of_a_pass_is_drawn_once(monkeypatch):
+    drawn, real = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **more: drawn.append(n) or real(n, **more))
+    bank = inlay.attach(make("llama"))
+    plan = Plan("a", inlay.LoRA(r=2), lr=1e-2, batch_size=5, epochs=3, seed=7)
+    batches = []
+    contender = enter(bank, [plan], 24)[0]
+    for step in range(15):
+        contender.step = step
+        batches.append([example.sample for example in contender.batch(examples())])
+    assert drawn == [24, 24, 24]
+    for epoch in range(3):
+        order = real(24, generator=torch.Generator().manual_seed(7 * 1_000_003 + epoch)).tolist()
+        assert [sample for batch in batches[5 * epoch : 5 * epoch + 5] for sample in batch] == order
 
 
 def test_small_forwards_give_the_same_gradients():
@@ -114,3 +222,68 @@ def test_one_step_is_the_reference_step():
     ids = torch.tensor([row[0].ids])
     labels = torch.tensor([[t if learned else -100 for t, learned in zip(row[0].ids, row[0].learned, strict=True)]])
     torch.testing.assert_close(seen[0], float(model(input_ids=ids, labels=labels).loss.detach()), rtol=1e-6, atol=1e-6)
+
+
+# ---- how long a row may be
+
+
+def bare(config, kind, **settings):
+    import transformers as tf
+
+    given = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "vocab_size": 90,
+    }
+    return getattr(tf, kind)(getattr(tf, config)(**{**given, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "settings", "positions"),
+    [
+        ("RobertaConfig", "RobertaForCausalLM", {"is_decoder": True, "max_position_embeddings": 514}, 512),
+        ("BertConfig", "BertLMHeadModel", {"is_decoder": True}, 512),
+        ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 48, "word_embed_proj_dim": 32}, 2048),
+        ("GPT2Config", "GPT2LMHeadModel", {"n_positions": 77}, 77),
+        ("LlamaConfig", "LlamaForCausalLM", {"max_position_embeddings": 99}, 99),
+        ("BloomConfig", "BloomForCausalLM", {}, None),
+        ("MambaConfig", "MambaForCausalLM", {}, None),
+    ],
+)
+def test_positions_are_read_off_the_base(config, kind, settings, positions):
+    model = bare(config, kind, **settings)
+    assert positions_of(model) == positions and table_size(model) == 90
+    if positions is not None and config != "LlamaConfig":  # as many tokens run, and one more does not
+        ids = torch.full((1, positions), 5)
+        model(input_ids=ids)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, positions + 1), 5))
+
+
+def test_virtual_tokens_take_positions_and_must_leave_some():
+    model = bare("LlamaConfig", "LlamaForCausalLM", max_position_embeddings=64)
+    assert fit_of(model, inlay.LoRA(), 512).max_length == 64 and fit_of(model, inlay.LoRA(), 50).max_length == 50
+    prefix = inlay.PrefixTuning(num_virtual_tokens=40)
+    assert fit_of(model, prefix, 512).max_length == 24
+    assert "rows are cut" in fit_of(model, prefix, 512).notice({"cut": 3}, "it")
+    assert (
+        fit_of(model, prefix, 512).notice({"cut": 0}, "it") == fit_of(model, prefix, 20).notice({"cut": 3}, "it") == ""
+    )
+    with pytest.raises(UsageError, match=r"50 virtual tokens leave 14 of the base's 64 positions.*Use 48 or fewer"):
+        fit_of(model, inlay.PrefixTuning(num_virtual_tokens=50), 512)
+
+
+def test_rows_longer_than_the_base_are_cut_and_that_is_said(base_folder, tmp_path):
+    data = tmp_path / "d.jsonl"
+    rows = [{"prompt": f"{n} a good film " * 40, "completion": " answer"} for n in range(12)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    said = []
+    given = Settings(base=str(base_folder), data=[str(data)], out=str(tmp_path / "run"), steps=1, method="prompt")
+    whole_run(given, say=said.append)
+    line = next(line for line in said if "positions" in line or "room for" in line)
+    notes = json.loads((tmp_path / "run" / "adapter" / "inlay.json").read_text())
+    story = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert notes["max_length"] == story["max_length"] == 128 - story["cost"]["virtual_tokens"]
+    assert "11 rows are cut" in line and line in story["notices"] and story["data"]["lengths"]["longest"] <= 128

@@ -5,27 +5,39 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from inlay.errors import UsageError
+from inlay.evaluation.rows import RowScores
+from inlay.evaluation.score import Judged
 from inlay.training.run import run
 from inlay.training.watch import Watch
 from test_crash import reviews, settings  # noqa: F401
 
 
-def noted(metric, values, patience=None, losses=None):
+def judged(loss, rows=100, accuracy=0.5, noise=0.0, seed=0):
+    """Rows whose mean loss is `loss`, with accidents of their own."""
+    accidents = np.random.default_rng(seed).normal(size=rows)
+    nats = loss + noise * (accidents - accidents.mean())
+    hits = (np.arange(rows) < round(accuracy * rows)).astype(np.int64)
+    return Judged(RowScores(np.arange(rows), nats, np.ones(rows, np.int64), hits))
+
+
+def noted(metric, values, patience=None, losses=None, **more):
     watch = Watch(metric, patience)
     for n, value in enumerate(values):
-        scores = {"loss": value, metric: value}
-        watch.note(10 * (n + 1), losses[n] if losses else 1.0, scores, {"w": torch.tensor([value])})
+        found = judged(value, seed=n, **more) if metric == "loss" else judged(1.0, accuracy=value)
+        watch.note(10 * (n + 1), losses[n] if losses else 1.0, found, {"w": torch.tensor([value])})
     return watch
 
 
 def test_the_best_is_the_lowest_loss_or_the_highest_share():
     assert noted("loss", [3.0, 1.0, 2.0]).best_step == 20
     assert noted("accuracy", [0.3, 0.9, 0.9]).best_step == 20
+    assert noted("loss", [math.nan, math.nan]).best_step is None
     watch = noted("loss", [math.nan, 2.0, math.nan])
     assert watch.best_step == 20 and watch.best["w"].item() == 2.0
 
@@ -47,6 +59,26 @@ def test_overfitting_is_said_once_and_only_where_training_loss_falls():
     assert not noted("loss", [1.0, 0.9, 0.905, 0.9], losses=[2.0, 1.5, 1.0, 0.5]).overfitting()
 
 
+def test_overfitting_is_said_only_beyond_chance():
+    falling, rising = [2.0, 1.5, 1.0, 0.5], [1.0, 0.9, 1.0, 1.2]
+    for rows in range(2, 10):
+        assert not noted("loss", rising, losses=falling, rows=rows).overfitting()
+    assert "on 10 rows" in noted("loss", rising, losses=falling, rows=10).overfitting()
+    # the same rise, where rows differ from step to step by far more than it
+    assert not noted("loss", rising, losses=falling, rows=40, noise=2.0).overfitting()
+    assert noted("loss", rising, losses=falling, rows=4000, noise=2.0).overfitting()
+
+
+def test_a_watch_goes_on_from_its_state():
+    values, losses = [1.0, 0.9, 0.95, 1.1], [2.0, 1.5, 1.0, 0.5]
+    whole, begun = noted("loss", values, losses=losses), noted("loss", values[:3], losses=losses)
+    again = Watch("loss")
+    again.restore(begun.state())
+    again.note(40, 0.5, judged(1.1, seed=3), {"w": torch.tensor([1.1])})
+    assert again.scores == whole.scores and again.best_step == 20
+    assert again.overfitting() == whole.overfitting() != ""
+
+
 @pytest.fixture
 def told():
     return []
@@ -60,7 +92,8 @@ def test_the_adapter_is_the_best_and_last_is_the_last(base_folder, reviews, tmp_
     scored = {line["step"]: line["heldout"]["loss"] for line in lines if "heldout" in line}
     assert list(scored) == list(range(3, 31, 3))
     best = min(scored, key=lambda step: scored[step])
-    assert result["best_step"] == best and result["heldout"]["loss"] == pytest.approx(scored[best], abs=1e-5)
+    assert result["best_step"] == best and result["choosing_rows"] == result["final_rows"] == 4
+    assert result["heldout"]["loss"] != pytest.approx(scored[best], abs=1e-5)  # other rows than those that chose
     kept, last = (load_file(out / name / "adapter_model.safetensors") for name in ("adapter", "last"))
     assert any(not torch.equal(kept[key], last[key]) for key in kept) == (best != 30)
     for name in ("memory_mb", "peak_memory_mb", "lr", "norm", "seconds", "tokens"):
@@ -83,7 +116,26 @@ def test_a_wild_rate_stops_and_names_the_rows_and_keeps_the_best(base_folder, re
     assert "reviews.csv, line" in line and "lower --lr" in line
     kept = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(bool(value.isfinite().all()) for value in kept.values())
-    assert "diverged" in json.loads((tmp_path / "run" / "run.json").read_text())["notices"][-1]
+    assert line in json.loads((tmp_path / "run" / "run.json").read_text())["notices"]
+
+
+def test_one_absurd_step_is_not_done(base_folder, reviews, tmp_path, told):  # noqa: F811
+    out = tmp_path / "run"
+    given = {"lr": 1e38, "steps": 1, "heldout": "0", "eval_every": None}
+    result = run(settings(base_folder, reviews, out, **given), say=told.append)
+    assert result["status"] == "diverged at step 1" and result["steps"] == result["best_step"] == 0
+    assert any(line.startswith("diverged at step 1 (the update took the parameters") for line in told)
+    for name in ("adapter", "last"):
+        kept = load_file(out / name / "adapter_model.safetensors")
+        assert all(bool(value.isfinite().all()) for value in kept.values())
+        assert all(not value.any() for key, value in kept.items() if "lora_B" in key)  # as it began
+    json.loads((out / "run.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def test_the_journal_has_the_rate_of_each_step(base_folder, reviews, tmp_path, told):  # noqa: F811
+    run(settings(base_folder, reviews, tmp_path / "run", steps=4, lr=1.0, clip=1e-6), say=told.append)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_metrics_that_rows_do_not_have_are_refused(base_folder, reviews, tmp_path):  # noqa: F811
@@ -98,17 +150,6 @@ def test_metrics_that_rows_do_not_have_are_refused(base_folder, reviews, tmp_pat
 def test_any_metric_chooses(metric, base_folder, reviews, tmp_path, told):  # noqa: F811
     result = run(settings(base_folder, reviews, tmp_path / "run", metric=metric), say=told.append)
     assert result["metric"] == metric and result["heldout"][metric] >= 0
-
-
-def test_duplicates_never_straddle_the_split_and_are_counted(base_folder, reviews, tmp_path, told):  # noqa: F811
-    from inlay.training.material import gather
-
-    double = tmp_path / "double.csv"
-    lines = reviews.read_text().splitlines()
-    double.write_text("\n".join([*lines, *lines[1:11]]) + "\n")
-    material = gather(settings(base_folder, double, tmp_path / "run"))
-    trained, held = ({row.values["text"] for row in rows} for rows in (material.rows, material.heldout))
-    assert material.duplicates == 10 and held and not trained & held
 
 
 def test_rows_of_a_heldout_file_that_are_trained_on_are_said(base_folder, reviews, tmp_path, told):  # noqa: F811

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,10 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def written_beside(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it is flushed and renamed to `path`, else removed."""
+    """Yield a temporary path in the same folder; on success it is flushed and renamed to `path`, else removed.
+
+    Raises: OSError naming `path` where the system refuses a part of it, whatever the writer inside makes of that.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -47,8 +51,20 @@ def written_beside(path: str | Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(beside, path)
         flush_folder(path.parent)
+    except Exception as error:
+        if (number := _number(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of an error that names no file; safetensors' own errors have it in their words alone."""
+    if isinstance(error, OSError):
+        return error.errno if error.filename is None else None
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
 
 
 def write_text(path: str | Path, text: str) -> None:

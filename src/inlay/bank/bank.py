@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from inlay.bases.fingerprint import fingerprint, same_base
 from inlay.errors import FormatError, UsageError
 from inlay.files import write_json
+from inlay.formats.folders import adapter_folder
 from inlay.formats.loralib import read_loralib, write_loralib
 from inlay.formats.notes import NOTES, read_notes
 from inlay.formats.peft import read_peft, write_peft
@@ -68,7 +69,8 @@ class Bank:
     def load(
         self, name: str, path: str | Path, alpha: float | None = None, enabled: Sequence[bool] | None = None
     ) -> Adapter:
-        """Read an adapter from a folder that HF PEFT or Inlay wrote, or from a file that holds a loralib state dict.
+        """Read an adapter from a folder that HF PEFT or Inlay wrote, from its run's folder, from the hub, or
+        from a file that holds a loralib state dict.
 
         loralib's files do not say `alpha`, nor which parts of fused weights are `enabled`: they are said here.
         Raises: FormatError naming missing, extra, misshapen or non-finite tensors; nothing is kept then.
@@ -80,8 +82,9 @@ class Bank:
         elif alpha is not None or enabled is not None:
             raise UsageError(f"{path} says its alpha itself", "Leave alpha and enabled out.")
         else:
-            method, tensors = read_peft(Path(path), self.base)
-        trained_on = None if Path(path).is_file() else read_notes(path).get("fingerprint")
+            path = adapter_folder(path)
+            method, tensors = read_peft(path, self.base)
+        trained_on = None if Path(path).is_file() else read_notes(path).fingerprint
         if trained_on is not None and not same_base(trained_on, self.fingerprint):
             raise FormatError(
                 f"{path} was trained on another base (fingerprint {trained_on}, here {self.fingerprint})",

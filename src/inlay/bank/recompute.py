@@ -26,13 +26,18 @@ def recomputing(model: Any) -> Iterator[None]:
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     blocks = blocks or [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     modes = [block.training for block in blocks]
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Newer releases of transformers have another name for it and warn of the old one.
+    enable, disable = (
+        getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
+        for what in ("enable", "disable")
+    )
+    enable({"use_reentrant": False})
     try:
         for block in blocks:
             block.training = True
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        disable()
         for block, mode in zip(blocks, modes, strict=True):
             block.training = mode
 

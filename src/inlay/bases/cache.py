@@ -17,8 +17,11 @@ __all__ = ["file_digest", "home", "kept"]
 
 
 def home() -> Path:
-    """The cache folder: `INLAY_HOME`, else ~/.cache/inlay."""
-    return Path(os.environ.get("INLAY_HOME") or Path.home() / ".cache" / "inlay").expanduser()
+    """The cache folder: `INLAY_HOME`, else ~/.cache/inlay. Raises: InlayError where nobody says where home is."""
+    try:
+        return Path(os.environ.get("INLAY_HOME") or Path.home() / ".cache" / "inlay").expanduser()
+    except RuntimeError:
+        raise InlayError("this user has no home folder to keep a cache in", "Set INLAY_HOME to a folder.") from None
 
 
 def kept(name: str, make: Callable[[Path], None]) -> Path:

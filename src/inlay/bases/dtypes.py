@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-from functools import cache
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from inlay.errors import UsageError
 
-__all__ = ["DTYPES", "pick_device", "pick_dtype"]
+from .choices import DTYPES
+from .measure import dtype_name, speeds
+from .memory import free_memory
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-BF16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
-"""What processors that multiply bfloat16 themselves call it: x86 the first two, arm the rest."""
+__all__ = ["DTYPES", "dtype_name", "pick_device", "pick_dtype"]
+
+ROOM = 1.25
+"""Of what the weights take: activations and adapters need some too."""
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -34,49 +35,36 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     return chosen
 
 
-def pick_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype called `name`; "auto" is bfloat16 where the processor or GPU computes in it natively, else float32.
+def pick_dtype(
+    name: str, device: torch.device | str = "cpu", config: Mapping[str, Any] | None = None, values: int | None = None
+) -> torch.dtype:
+    """The dtype called `name`. "auto" is the faster one of float32 and bfloat16.
 
-    Raises: UsageError naming the choices.
+    On a CPU that is measured at the sizes that the base's `config` names (see `measure`), unless the base's `values`
+    (numbers in its weights) fit in memory as bfloat16 alone; a GPU has bfloat16 or not. Raises: UsageError naming the
+    choices.
     """
     if name not in DTYPES:
         raise UsageError(f"dtype {name!r} is not known", f"Choose one of {', '.join(DTYPES)}.")
     if name != "auto":
         return getattr(torch, name)
     place = torch.device(device)
-    native = {"cuda": _gpu_has_bf16, "cpu": lambda _: _cpu_has_bf16()}.get(place.type, lambda _: False)
-    return torch.bfloat16 if native(place) else torch.float32
+    if place.type == "cpu":
+        return torch.bfloat16 if _too_large(values) or _faster_in_bf16(config) else torch.float32
+    return torch.bfloat16 if place.type == "cuda" and _gpu_has_bf16(place) else torch.float32
+
+
+def _too_large(values: int | None) -> bool:
+    """Whether so many numbers, and something to work with, do not fit in memory as float32."""
+    return values is not None and 4 * ROOM * values > free_memory()
+
+
+def _faster_in_bf16(config: Mapping[str, Any] | None) -> bool:
+    measured = speeds(config)
+    return measured["bfloat16"] > measured["float32"]
 
 
 def _gpu_has_bf16(device: torch.device) -> bool:
     """Native only: before Ampere, NVIDIA GPUs emulate bfloat16, slower than float32."""
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-@cache
-def _cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself (x86 AVX512-BF16 or AMX-BF16, arm bf16)."""
-    ask = getattr(torch.cpu, "get_capabilities", dict)  # newer torch only; it knows processors without /proc
-    said = {str(key) for key, value in ask().items() if value is True}
-    return bool(BF16 & (said | _cpuinfo_flags())) or _mac_has_bf16()
-
-
-def _cpuinfo_flags() -> set[str]:
-    """The feature words of the first processor, empty where there is no /proc/cpuinfo."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf8", errors="replace")
-    except OSError:
-        return set()
-    lines = (line.partition(":") for line in text.splitlines())
-    return next((set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set())
-
-
-def _mac_has_bf16() -> bool:
-    if platform.system() != "Darwin":
-        return False
-    command = ["/usr/sbin/sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() == "1"
-    except OSError:
-        return False

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from inlay.errors import FormatError, UsageError
+from inlay.errors import FormatError, InlayError, UsageError
 
-__all__ = ["check_quantization", "checked_config", "has_tokenizer", "model_class"]
+__all__ = ["check_quantization", "checked_config", "has_tokenizer", "model_class", "stored"]
 
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 AGAIN = "Copy or save it again."
 
@@ -40,6 +43,23 @@ def has_tokenizer(folder: Path) -> bool:
     )
 
 
+def stored(folder: Path) -> tuple[int, str | None]:
+    """How many numbers the weights in `folder` are, and the dtype of most of them by torch's name (None for others).
+
+    Only headers are read.
+    """
+    from safetensors import safe_open
+
+    counts: Counter[str] = Counter()
+    for file in _weight_files(folder):
+        with safe_open(folder / file, framework="numpy") as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a mapping
+                part = opened.get_slice(key)
+                counts[part.get_dtype()] += math.prod(part.get_shape())
+    most = max(counts, key=counts.__getitem__, default="")
+    return counts.total(), FLOATS.get(most)
+
+
 def check_quantization(config: dict[str, Any], folder: Path) -> None:
     """Raises: FormatError where the weights are quantized by a method that transformers would pass over, unread."""
     if "quantization_config" not in config:
@@ -61,7 +81,8 @@ def model_class(config: dict[str, Any], folder: Path) -> Any:
     """
     import transformers
 
-    named = [str(name) for name in config.get("architectures") or ()]
+    said = config.get("architectures")
+    named = [str(name) for name in said] if isinstance(said, list) else [said] if isinstance(said, str) else []
     for name in named:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
@@ -78,9 +99,20 @@ def model_class(config: dict[str, Any], folder: Path) -> Any:
 def _instead(folder: Path) -> str:
     """What the user may have meant by a folder that is not a model's."""
     if (folder / "adapter_config.json").exists():
-        return "It is an adapter: give it as --adapter and name its base."
+        return f"It is an adapter: give it as --adapter, and --base {_base_of(folder)}."
+    if (folder / "adapter" / "adapter_config.json").exists():
+        return f"It is a run's folder: give it as --adapter, and --base {_base_of(folder / 'adapter')}."
     gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
     return f"Name the file itself: {gguf}." if gguf else "Name a folder that transformers saved."
+
+
+def _base_of(adapter: Path) -> str:
+    """The base that an adapter says it is for."""
+    try:
+        named = _json_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    except InlayError:
+        named = None
+    return named if isinstance(named, str) and named else "the model it was trained on"
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -110,16 +142,22 @@ def _check_header(file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(file, "rb") as readable:  # the system's own reason is better than what the library makes of it
+            readable.read(1)
         with safe_open(file, framework="numpy"):
             pass
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise InlayError(f"{file} cannot be read ({error.strerror or error})", "Check its permissions.") from None
+    except SafetensorError as error:
         raise FormatError(f"{file} is not a whole safetensors file ({error})", AGAIN) from None
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
+    except OSError as error:
+        raise InlayError(f"{path} cannot be read ({error.strerror or error})", "Check its permissions.") from None
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON ({error})", AGAIN) from None
     if not isinstance(loaded, dict):
         raise FormatError(f"{path} holds no JSON object", AGAIN)

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from inlay.errors import FormatError
 
-__all__ = ["check_gaps"]
+__all__ = ["check_finite", "check_gaps"]
 
 COMPUTED = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias|cos_cached|sin_cached)$")
 """Buffers that older releases of transformers saved and newer ones compute."""
@@ -38,6 +39,25 @@ def check_gaps(model: nn.Module, report: dict[str, Any], where: str) -> tuple[st
         what = f"{where} holds {len(lost)} weights that {kind} has no place for: {_some(lost)}"
         raise FormatError(what, "Its config.json does not fit its weights.")
     return tuple(unexpected)
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raises: FormatError naming weights of the base called `name` that hold NaN or infinity.
+
+    One reading of all weights; quantized ones, and those that are not in memory, are passed over.
+    """
+    sums: dict[torch.device, dict[str, Tensor]] = {}
+    for key, p in model.named_parameters():
+        if p.is_floating_point() and p.element_size() > 1 and not p.is_meta:
+            # NaN and infinity stay in a sum; a sum of finite numbers that outgrows float32 does not come of weights.
+            sums.setdefault(p.device, {})[key] = p.sum(dtype=torch.promote_types(p.dtype, torch.float32))
+    bad = [
+        key for own in sums.values()
+        for key, fine in zip(own, torch.stack([*own.values()]).isfinite().tolist(), strict=True) if not fine
+    ]  # fmt: skip
+    if bad:
+        raise FormatError(f"base {name} holds NaN or infinity in {len(bad)} weights: {_some(bad)}", "Copy it again.")
 
 
 def _elsewhere(key: str, body: str, modules: set[str]) -> bool:

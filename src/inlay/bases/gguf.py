@@ -22,6 +22,7 @@ DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "
 """Rules that take digits one by one, then split as GPT-2 does; transformers converts them without the digits."""
 GPT2 = {"default", "gpt-2", "phi-2", "roberta-bpe", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"}
 """Rules that split as GPT-2 does, which is also what transformers takes for a rule that it does not know."""
+SPECIAL = {"bos_token_id": "bos_token", "eos_token_id": "eos_token", "padding_token_id": "pad_token"}
 PROBE = "In 2024:\n\n1. It's  12 345,67 — don't\t8\n   x=90; ٣4 naïve 漢字 <b>9</b>"
 
 
@@ -33,9 +34,11 @@ def convert(file: Path, folder: Path) -> None:
     """
     with quiet(), redirect_stderr(StringIO()):  # one of the bars asks no switch
         try:
-            rule = _splitting_rule(file)
+            rule, special = _said_of_tokens(file)
             model, tokenizer = _read(file)
             _split(tokenizer, rule, file)
+            for name, number in special.items():  # some releases of transformers take one for another
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             _check_saved(tokenizer, folder, file)
@@ -48,8 +51,9 @@ def convert(file: Path, folder: Path) -> None:
             ) from None
 
 
-def _splitting_rule(file: Path) -> str | None:
-    """How the file's byte-level tokenizer splits text ahead of its merges; None for other kinds of tokenizer.
+def _said_of_tokens(file: Path) -> tuple[str | None, dict[str, int]]:
+    """How the file's byte-level tokenizer splits text ahead of its merges (None for other kinds of tokenizer), and the
+    ids of its special tokens by the tokenizer's names for them.
 
     Raises: FormatError where the file holds what transformers would leave out.
     """
@@ -59,10 +63,15 @@ def _splitting_rule(file: Path) -> str | None:
     if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         what = f"{file} scales its rotary frequencies (rope_freqs.weight), which transformers leaves out"
         raise FormatError(what, "Use the model's transformers folder.")
-    kind, rule = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if kind is None or kind.contents() != "gpt2":
-        return None
-    return str(rule.contents()) if rule is not None else "default"
+    said = {key: _content(reader.get_field(f"tokenizer.ggml.{key}")) for key in ("model", "pre", *SPECIAL)}
+    special = {name: said[key] for key, name in SPECIAL.items() if isinstance(said[key], int)}
+    if said["model"] != "gpt2":
+        return None, special
+    return str(said["pre"] or "default"), special
+
+
+def _content(field: Any) -> Any:
+    return None if field is None else field.contents()
 
 
 def _read(file: Path) -> tuple[Any, Any]:

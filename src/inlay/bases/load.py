@@ -16,8 +16,8 @@ from inlay.errors import FormatError, InlayError, UsageError
 from .cache import file_digest, kept
 from .dtypes import pick_device, pick_dtype
 from .fingerprint import fingerprint
-from .folders import check_quantization, checked_config, has_tokenizer, model_class
-from .gaps import check_gaps
+from .folders import check_quantization, checked_config, has_tokenizer, model_class, stored
+from .gaps import check_finite, check_gaps
 from .gguf import CONVERSION, convert
 from .hub import fetched, is_hub_id
 from .quantize import quantization, settled
@@ -56,15 +56,18 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None, quantiz
     broken, lack weights, or hold weights of another shape; InlayError where it cannot be fetched or needs a library.
     """
     place = pick_device(device)
-    chosen = pick_dtype(dtype, place)
+    pick_dtype("float32" if dtype == "auto" else dtype)  # a name that is wrong is said before anything is fetched
     folder = resolve(name)
     with quiet():
         config = checked_config(folder)
         check_quantization(config, folder)
+        values = None if quantize else stored(folder)[0]
+        chosen = pick_dtype(dtype, place, config, values)
         smaller = quantization(quantize, config, folder, chosen, place)
         model, report = _open(folder, config, chosen, smaller)
         settled(model)
         unused = check_gaps(model, report, str(folder))
+        check_finite(model, str(name))
         tokenizer = _tokenizer(folder)
     if getattr(model, "hf_quantizer", None) is None:  # quantized layers stay where their library put them
         model = model.to(place)
@@ -93,15 +96,15 @@ def resolve(name: str, say: Say | None = None) -> Path:
     name; FormatError for a broken file; InlayError where it cannot be fetched.
     """
     told = say or (lambda line: None)
-    path = Path(name).expanduser()
     if str(name) == "smollm2":
         return kept(f"bases/smollm2-{SMOLLM2.version}-{CONVERSION}", lambda folder: _make_smollm2(folder, told))
-    if path.is_dir():
+    path, kind = _path_of(str(name))
+    if kind == "folder":
         return path
-    if path.is_file() and path.suffix == ".gguf":
+    if kind == "file" and path.suffix.lower() == ".gguf":
         return kept(f"bases/gguf-{file_digest(path)}-{CONVERSION}", lambda folder: _convert(path, folder, told))
-    if path.is_file():
-        raise UsageError(f"base {name} is a file, but not a .gguf one", "Name the folder that it lies in.")
+    if kind == "file":
+        raise UsageError(f"base {name} is a file, but not a .gguf one", f"Name a model's folder{_beside(path)}.")
     if is_hub_id(str(name)):
         told(f"fetching {name}")
         with nullcontext() if say else quiet():
@@ -109,6 +112,21 @@ def resolve(name: str, say: Say | None = None) -> Path:
     raise UsageError(
         f"no base is called {name!r}", "Give smollm2, a model folder, a .gguf file or a hub id (org/name)."
     )
+
+
+def _path_of(name: str) -> tuple[Path, str]:
+    """What `name` is as a path: a "folder", a "file", or "" where there is none."""
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        return path, "folder" if name.strip() and path.is_dir() else "file" if path.is_file() else ""
+    except (OSError, RuntimeError, ValueError):  # too long, a user that is not there, signs that no path has
+        return path, ""
+
+
+def _beside(file: Path) -> str:
+    """For the remedy: the folder of a weights' file, where a model is in it."""
+    return f": {file.parent}" if (file.parent / "config.json").is_file() else ""
 
 
 def _make_smollm2(folder: Path, told: Say) -> None:
@@ -138,6 +156,8 @@ def _open(folder: Path, config: dict[str, Any], dtype: torch.dtype, more: dict[s
     except MemoryError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
+        if "not enough memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
+            raise MemoryError(_line(error)) from None
         remedy = "Copy or save it again."
         if more or "quantization_config" in config:
             remedy = "Its quantization may not run here: use an unquantized copy."

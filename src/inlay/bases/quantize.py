@@ -6,19 +6,18 @@ Paper: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from inlay.errors import InlayError, UsageError
+from inlay.errors import UsageError
+
+from .choices import QUANTIZATIONS
+from .extras import require
 
 __all__ = ["QUANTIZATIONS", "quantization", "settled"]
-
-QUANTIZATIONS = ("4bit",)
-NEEDED = ("bitsandbytes", "accelerate")
 
 
 def quantization(
@@ -37,9 +36,7 @@ def quantization(
         raise UsageError(f"{folder} is quantized already", "Leave --quantize out.")
     if dtype == torch.float64:
         raise UsageError("--quantize 4bit does not compute in float64", "Choose float32, bfloat16 or float16.")
-    lost = [package for package in NEEDED if find_spec(package) is None]
-    if lost:
-        raise InlayError(f"--quantize 4bit needs {' and '.join(lost)}", "pip install 'inlay[quantize]'")
+    require("bitsandbytes", "--quantize 4bit", "quantize")
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(

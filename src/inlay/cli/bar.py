@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,6 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .common import console
 
 __all__ = ["Bar"]
+
+PATIENT = 2.0
+"""Seconds that rows may take before their progress is shown."""
 
 
 class Bar:
@@ -22,17 +26,34 @@ class Bar:
         )  # fmt: skip
         self.task: Any = None
         self._start = (0, 0)
+        self._rows: Progress | None = None
+        self._begun = time.monotonic()
 
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._rows is not None:
+            self._rows.stop()
         if self.task is not None:
             self.progress.stop()
 
     def say(self, line: str) -> None:
         """A line above the bar."""
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def preparing(self, done: int, total: int) -> None:
+        """Rows that are ready, shown once that has taken a while."""
+        if self._rows is None and done < total and time.monotonic() - self._begun > PATIENT:
+            columns = (TextColumn("preparing rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._rows = Progress(*columns, console=console, transient=True)
+            self._rows.start()
+            self._rows.add_task("rows", total=total)
+        if self._rows is not None:
+            self._rows.update(self._rows.task_ids[0], completed=done, total=total)
+            if done >= total:
+                self._rows.stop()
+                self._rows = None
 
     def step(self, contender: Any, total: int) -> None:
         from inlay.training.memory import current_memory_mb, peak_memory_mb

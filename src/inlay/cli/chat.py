@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-import typer
+from annotated_types import Gt, Le
 
-from .common import BaseName, Device, Dtype, Quantize, console, guarded
-from .writing import Writer, open_writer, sampling
+from inlay.errors import UsageError
+from inlay.values import Count, Help, NonNegative
 
-Option = typer.Option
+from . import flags
+from .common import console
+from .writing import Sampling, Writer, open_writer
 
 
-def command(
-    base: BaseName = "smollm2",
-    adapter: Annotated[str | None, Option("--adapter", help="An adapter's folder; without it, the plain base.")] = None,
-    system: Annotated[str | None, Option(help="What the conversation opens with.")] = None,
-    max_new_tokens: Annotated[int, Option(help="Tokens to write at most, each time.")] = 256,
-    temperature: Annotated[float, Option(help="0 takes the likeliest token, more draws.")] = 0.7,
-    top_p: Annotated[float, Option(help="Share of the probability to draw from.")] = 0.95,
-    seed: Annotated[int, Option(help="For drawing.")] = 0,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    quantize: Quantize = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Chat(Sampling):
+    """Who is talked with."""
+
+    adapter: Annotated[str | None, Help("an adapter's folder or its run's; without it, the plain base")] = None
+    system: Annotated[str | None, Help("what the conversation opens with")] = None
+    max_new_tokens: Annotated[Count, Help("tokens to write at most, each time")] = 256
+    temperature: Annotated[NonNegative, Le(100), Help("0 takes the likeliest token, more draws")] = 0.7
+    top_p: Annotated[float, Gt(0), Le(1), Help("share of the probability to draw from")] = 0.95
+
+
+@flags.command(Chat, "talking")
+def command(given: Chat, as_json: bool) -> None:
     """Talk with a base or an adapter; it keeps the conversation, in the template it was trained with.
 
     /base and /adapter switch between the two, /reset forgets, /quit (or Ctrl-D) ends.
 
-        inlay chat --base smollm2 --adapter runs/assistant/adapter
+        inlay chat --adapter runs/assistant
     """
-    with guarded():
-        settings = sampling(temperature, top_p, max_new_tokens)
-        with console.status("loading"):
-            writer = open_writer(base, adapter, (dtype, device, quantize))
+    with console.status("loading"):
         import torch
 
-        torch.manual_seed(seed)
-        conversation = _Conversation(writer, settings, system)
-        console.print("/base, /adapter, /reset, /quit", style="dim")
-        while (line := _line()) is not None and line != "/quit":
-            conversation.take(line)
+        writer = open_writer(given, given.adapter)
+    torch.manual_seed(given.seed)
+    conversation = _Conversation(writer, given, given.system)
+    console.print("/base, /adapter, /reset, /quit", style="dim")
+    while (line := _line()) is not None and line != "/quit":
+        conversation.take(line)
 
 
 def _line() -> str | None:
@@ -55,12 +57,14 @@ def _line() -> str | None:
 class _Conversation:
     """The turns so far. Adapters trained on single prompts see each line alone, as they were trained to."""
 
-    def __init__(self, writer: Writer, settings: dict[str, Any], system: str | None) -> None:
+    def __init__(self, writer: Writer, settings: Sampling, system: str | None) -> None:
         self.writer, self.settings = writer, settings
         self.opening = [("system", system)] if system else []
         self.turns = list(self.opening)
         template = writer.encoder.template
         self.remembers = template.kind == "messages" or writer.row is None
+        if not self.remembers and system:
+            raise UsageError("this adapter was trained on single prompts, without a system message", "Leave it out.")
         if not self.remembers:
             console.print("this adapter was trained on single prompts: each line stands alone", style="dim")
 
@@ -82,5 +86,10 @@ class _Conversation:
         asks = self.remembers and tokenizer.chat_template
         ids, place = self.writer.encoder.asked(self.turns) if asks else self.writer.prompt(line)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        new = self.writer.write(ids, place, self.settings, streamer)
+        try:
+            new = self.writer.write(ids, place, self.settings, streamer)
+        except UsageError as error:  # the conversation has outgrown the base
+            self.turns.pop()
+            console.print(f"{error} /reset begins afresh.", style="red", markup=False, highlight=False)
+            return
         self.turns.append(("assistant", self.writer.words(new)))

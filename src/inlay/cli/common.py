@@ -1,54 +1,40 @@
-"""What all commands share: errors in one line, settings from flags and files, one JSON object on stdout."""
+"""What all commands share: the last net under errors, one JSON object on stdout, tables for people."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
+from rich.table import Table
 
-from inlay.errors import InlayError, UsageError
+from inlay.errors import InlayError
 
-__all__ = [
-    "Adapters",
-    "BaseName",
-    "Device",
-    "Dtype",
-    "Json",
-    "Quantize",
-    "Set",
-    "columns_of",
-    "console",
-    "emit",
-    "guarded",
-    "pairs",
-]
+__all__ = ["Json", "console", "emit", "guarded", "number", "scores_table"]
 
 console = Console(stderr=True)
 
-BaseName = Annotated[str, typer.Option("--base", help="smollm2, a model folder, a .gguf file or a hub id (org/name).")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; the best there is by default.")]
-Quantize = Annotated[
-    str | None, typer.Option("--quantize", help="4bit loads the base's linear layers in NF4 (bitsandbytes).")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of the method: --set r=16 --set targets=qv.")]
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="An adapter's folder; may be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, and nothing else there")]
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Turn what went wrong into one line on stderr and an exit code: 1 failed, 2 wrong use, 130 interrupted."""
+def guarded(doing: str = "the command") -> Iterator[None]:
+    """Turn what went wrong into one line on stderr and an exit code: 1 failed, 2 wrong use, 130 interrupted.
+
+    What nobody foresaw is said with what was being done, and its traceback goes into a log file.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if threading.current_thread() is threading.main_thread():
@@ -56,73 +42,91 @@ def guarded() -> Iterator[None]:
     try:
         yield
     except InlayError as error:
-        _say(str(error))
-        raise typer.Exit(error.exit_code) from None
+        _fail(str(error), error.exit_code)
     except KeyboardInterrupt as stopped:
-        _say(f"interrupted. {stopped}" if str(stopped) else "interrupted")
-        raise typer.Exit(130) from None
+        _fail(f"interrupted. {stopped}" if str(stopped) else "interrupted", 130)
     except MemoryError:
-        _say("out of memory. Lower --tokens-at-once or --max-length")
+        _fail(f"out of memory while {doing}. Lower --tokens-at-once or --max-length", 1)
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except OSError as error:
-        _say(f"{error.strerror or error}: {error.filename or ''}")
-        raise typer.Exit(1) from None
+        _fail(f"{error.strerror or error}: {error.filename or ''} (while {doing}). Check the path and the disk", 1)
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        _fail(f"{doing} failed ({type(error).__name__}: {why[:200]}). The whole story is in {_log(doing)}", 1)
 
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _say(line: str) -> None:
+def _fail(line: str, code: int) -> None:
     sys.stderr.write("error: " + " ".join(line.split()) + "\n")
+    raise typer.Exit(code) from None
 
 
-def emit(result: dict[str, Any], as_json: bool) -> None:
+def _log(doing: str) -> str:
+    """The file that the traceback in flight is written to; a word where no disk takes it."""
+    from inlay.bases.cache import home
+
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {doing}\n{' '.join(sys.argv)}\n\n{traceback.format_exc()}"
+    for folder in (home() / "logs", Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"inlay-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+            file.write_text(text, encoding="utf8", errors="backslashreplace")
+        except OSError:
+            continue
+        return str(file)
+    return "no file (no disk took it)"
+
+
+def emit(result: Mapping[str, Any], as_json: bool) -> None:
     """One JSON object on one line of stdout, or the same for people."""
     if as_json:
-        sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(_finite(result), ensure_ascii=False) + "\n")
         return
+    out = Console(highlight=False)
     for name, value in result.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else value
-        Console().print(f"[bold]{name}[/bold]: {shown}", highlight=False)
+        out.print(f"[bold]{name}[/bold]: ", end="")
+        out.print(number(value) if isinstance(value, float) else value, markup=False, soft_wrap=True)
 
 
-def pairs(entries: Sequence[str] | None, flag: str) -> dict[str, Any]:
-    """`key=value` entries as a mapping; values are read as YAML, so that 8, 0.1, true and [a, b] are what they look."""
-    found: dict[str, Any] = {}
-    for entry in entries or ():
-        key, mark, value = entry.partition("=")
-        if not mark or not key.strip():
-            raise UsageError(f"{flag} {entry!r} cannot be read", f"Write {flag} key=value.")
-        try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[key.strip()] = value
-    return found
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def columns_of(given: str | None) -> Any:
-    """`text=NAME,label=NAME` as Columns. Raises: UsageError naming the columns' kinds."""
-    import dataclasses
-
-    from inlay.data.template import Columns
-
-    found = {key: str(value) for key, value in pairs(given.split(",") if given else None, "--columns").items()}
-    known = [f.name for f in dataclasses.fields(Columns)]
-    for name in found:
-        if name not in known:
-            raise UsageError(f"--columns names {name!r}", f"Known: {', '.join(known)}.")
-    return Columns(**found)
+def number(value: float | None) -> str:
+    """A number as people read it."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 0.001 else f"{value:.3f}"
 
 
-def from_file(path: str | None) -> dict[str, Any]:
-    """Settings from a YAML file."""
-    if path is None:
-        return {}
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"config {path} cannot be read ({str(error).splitlines()[0]})", "Give a YAML file.") from None
-    if not isinstance(loaded, dict):
-        raise UsageError(f"config {path} holds no settings", "Write key: value lines.")
-    return loaded
+Intervals = Mapping[str, Sequence[float]]
+
+
+def scores_table(columns: Mapping[str, tuple[Mapping[str, float], Intervals]], rows: int) -> Table:
+    """Metrics by line, with their 95 % intervals; a column for each of the base and the adapters."""
+    table = Table(title=f"on {rows:,} rows, 95 % intervals", title_justify="left", title_style="dim")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    for metric in dict.fromkeys(name for scores, _ in columns.values() for name in scores):
+        cells = [_cell(scores.get(metric), intervals.get(metric)) for scores, intervals in columns.values()]
+        table.add_row(metric, *cells)
+    return table
+
+
+def _cell(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None or interval is None:
+        return number(value)
+    return f"{number(value)}  ({number(interval[0])} – {number(interval[1])})"

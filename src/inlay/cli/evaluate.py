@@ -2,65 +2,102 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from rich.console import Console
 
-from inlay.errors import UsageError
+from inlay.training.settings import (
+    DATA,
+    Base,
+    Columns,
+    Device,
+    Dtype,
+    Paths,
+    Quantize,
+    Split,
+    Template,
+    TokensAtOnce,
+    Verbalizer,
+    as_paths,
+)  # fmt: skip
+from inlay.values import Checked, Count, From, Help, Seed
 
-from .common import Adapters, BaseName, Device, Dtype, Json, Quantize, columns_of, console, emit, guarded
+from . import flags
+from .common import console, emit, scores_table
+from .opening import dropped, open_bank, reading_of
 
-Option = typer.Option
+if TYPE_CHECKING:
+    from inlay.data.table import Table
+    from inlay.formats.carried import Carried
 
 
-def command(
-    base: BaseName = "smollm2",
-    data: Annotated[list[str] | None, Option("--data", help="A data file with answers.")] = None,
-    adapter: Adapters = None,
-    limit: Annotated[int | None, Option(help="Rows to use, drawn by the seed.")] = None,
-    seed: Annotated[int, Option(help="Which rows --limit draws.")] = 0,
-    template: Annotated[str | None, Option(help="Without it, the one that travels with the adapter.")] = None,
-    verbalizer: Annotated[str | None, Option(help="Words for labels: 0=negative,1=positive.")] = None,
-    columns: Annotated[str | None, Option(help="text=NAME,label=NAME, prompt=, completion=, messages=.")] = None,
-    max_length: Annotated[int | None, Option(help="Tokens in a row.")] = None,
-    tokens_at_once: Annotated[int, Option(help="Tokens in one forward; lower saves memory.")] = 4096,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    quantize: Quantize = None,
-    json: Json = False,
-) -> None:
+def as_folders(value: Any) -> Any:
+    """One folder as a list of one; none as none."""
+    return as_paths(value) if value else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Checked):
+    """What is scored on what."""
+
+    data: Paths
+    adapter: Annotated[Sequence[str], From(as_folders), Help("an adapter's folder or its run's; repeatable")] = ()
+    base: Base = "smollm2"
+    limit: Annotated[Count | None, Help("rows to use, drawn by the seed", DATA)] = None
+    seed: Annotated[Seed, Help("which rows --limit draws", DATA)] = 0
+    template: Annotated[Template, Help("without it, the one that travels with the adapter", DATA)] = None
+    verbalizer: Verbalizer = None
+    columns: Columns = field(default_factory=dict)
+    split: Split = "paragraph"
+    max_length: Annotated[Count | None, Help("tokens in a row; as in training where unset", DATA)] = None
+    tokens_at_once: TokensAtOnce = 4096
+    dtype: Dtype = "auto"
+    device: Device = None
+    quantize: Quantize = None
+
+
+@flags.command(Eval, "scoring")
+def command(given: Eval, as_json: bool) -> None:
     """Score adapters and the plain base on the same rows, in the same pass.
 
-    inlay eval --base smollm2 --data test.csv --adapter runs/reviews/adapter
+    inlay eval --data test.csv --adapter runs/reviews
     """
-    with guarded():
-        if not data:
-            raise UsageError("--data is missing", "Give --data.")
-        from inlay.bank.bank import attach
-        from inlay.bases.load import load_base
-        from inlay.data.encode import Encoder
-        from inlay.data.table import read_table, shuffled
-        from inlay.data.template import choose_template, parse_verbalizer
-        from inlay.evaluation.score import evaluate
-        from inlay.formats.carried import Carried, carried
+    from inlay.data.table import read_table
+    from inlay.formats.folders import adapter_folder
 
-        table = read_table(data)
-        found = carried(adapter or ())
-        if template is not None or verbalizer is not None or columns is not None or found is None:
-            words = parse_verbalizer(verbalizer) if verbalizer else None
-            chosen = choose_template(table, columns_of(columns), template, words)
-            found = Carried(chosen) if found is None else replace(found, template=chosen)
-        rows = shuffled(table.rows, seed)[:limit] if limit else list(table.rows)
-        if found.template.kind == "label":
-            for row in rows:
-                found.template.label_of(row)
-        opened = load_base(base, dtype, device, quantize)
-        bank = attach(opened.model)
-        for path in adapter or ():
-            bank.load(path, path)
-        encoder = Encoder(opened.tokenizer, found.template, max_length or found.max_length, found.place)
-        with console.status("scoring"):
-            scores = evaluate(bank, encoder, rows, [None, *(adapter or ())], tokens_at_once)
-        named: dict[str, Any] = {str(name): values for name, values in scores.items() if name is not None}
-        emit({"rows": len(rows), "base": scores[None], "adapters": named}, json)
+    folders = {name: adapter_folder(name) for name in given.adapter}
+    table = read_table(given.data, given.split)
+    reading = reading_of(table, [*folders.values()], given.template, given.verbalizer, given.columns)
+    if given.max_length is not None:
+        reading = replace(reading, max_length=given.max_length)
+    with console.status("scoring"):
+        result = _scored(given, folders, table, reading)
+    if as_json:
+        emit(result, True)
+        return
+    scores = {"base": (result["base"], result["intervals"]["base"])}
+    scores |= {name: (values, result["intervals"]["adapters"][name]) for name, values in result["adapters"].items()}
+    Console(highlight=False).print(scores_table(scores, result["rows"]))
+
+
+def _scored(given: Eval, folders: dict[str, Path], table: Table, reading: Carried) -> dict[str, Any]:
+    """Rows, and the metrics of the base and of each adapter, with their intervals."""
+    from inlay.data.table import shuffled
+    from inlay.evaluation.score import items_of, score
+    from inlay.training.memory import Room
+
+    rows = table.rows if given.limit is None else shuffled(table.rows, given.seed)[: given.limit]
+    opened = open_bank(given, folders, reading)
+    items = items_of(opened.encoder, rows)
+    for line in dropped(items.counts):
+        console.print(line, highlight=False)
+    device = next(opened.bank.model.parameters()).device
+    found = score(opened.bank, items, [None, *folders], Room(given.tokens_at_once, device=device))
+    named = {str(name): judged for name, judged in found.items() if name is not None}
+    intervals: dict[str, Any] = {"base": found[None].intervals}
+    intervals["adapters"] = {name: judged.intervals for name, judged in named.items()}
+    adapters = {name: judged.scores for name, judged in named.items()}
+    return {"rows": len(items), "base": found[None].scores, "adapters": adapters, "intervals": intervals}

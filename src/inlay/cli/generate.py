@@ -2,51 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
 from inlay.errors import UsageError
+from inlay.values import Help
 
-from .common import BaseName, Device, Dtype, Json, Quantize, emit, guarded
-from .writing import open_writer, sampling
+from . import flags
+from .common import console, emit
+from .writing import Sampling, open_writer
 
-Option = typer.Option
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Sampling):
+    """What is asked."""
+
+    prompt: Annotated[str, Help("what to answer; the adapter's template goes around it")]
+    adapter: Annotated[str | None, Help("an adapter's folder or its run's; without it, the plain base")] = None
+    system: Annotated[str | None, Help("what the conversation opens with")] = None
+    raw: Annotated[bool, Help("take the prompt as it is, without any template")] = False
+    chat: Annotated[bool, Help("put the prompt into the model's own chat template")] = False
 
 
-def command(
-    base: BaseName = "smollm2",
-    prompt: Annotated[
-        str | None, Option("--prompt", help="What to answer; the adapter's template goes around it.")
-    ] = None,
-    adapter: Annotated[str | None, Option("--adapter", help="An adapter's folder; without it, the plain base.")] = None,
-    max_new_tokens: Annotated[int, Option(help="Tokens to write at most.")] = 64,
-    temperature: Annotated[float, Option(help="0 takes the likeliest token, more draws.")] = 0.0,
-    top_p: Annotated[float, Option(help="Share of the probability to draw from.")] = 1.0,
-    beams: Annotated[int, Option(help="Width of beam search.")] = 1,
-    seed: Annotated[int, Option(help="For drawing.")] = 0,
-    raw: Annotated[bool, Option("--raw", help="Take the prompt as it is, without any template.")] = False,
-    chat: Annotated[bool, Option("--chat", help="Put the prompt into the model's own chat template.")] = False,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    quantize: Quantize = None,
-    json: Json = False,
-) -> None:
+@flags.command(Generate, "writing an answer")
+def command(given: Generate, as_json: bool) -> None:
     """Write an answer to a prompt.
 
-    inlay generate --base smollm2 --adapter runs/reviews/adapter --prompt "A film to forget."
+    inlay generate --adapter runs/reviews --prompt "A film to forget."
     """
-    with guarded():
-        if prompt is None:
-            raise UsageError("--prompt is missing", "Give --prompt.")
-        settings = sampling(temperature, top_p, max_new_tokens, beams)
-        writer = open_writer(base, adapter, (dtype, device, quantize), raw, chat)
+    if given.raw and (given.chat or given.system):
+        raise UsageError("--raw takes the prompt as it is", "Leave --chat and --system out.")
+    with console.status("writing"):
         import torch
 
-        torch.manual_seed(seed)
-        new = writer.write(*writer.prompt(prompt), settings)
-        text = writer.words(new)
-        if json:
-            emit({"prompt": prompt, "text": text, "adapter": adapter, "new_tokens": len(new)}, True)
-        else:
-            typer.echo(text)
+        writer = open_writer(given, given.adapter, given.raw, given.chat, given.system)
+        torch.manual_seed(given.seed)
+        new = writer.write(*writer.prompt(given.prompt), given)
+    text = writer.words(new)
+    if as_json:
+        emit({"prompt": given.prompt, "text": text, "adapter": given.adapter, "new_tokens": len(new)}, True)
+    else:
+        typer.echo(text)

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
-import typer
+from rich.console import Console
 
-from inlay.errors import UsageError
+from inlay.training.settings import Base, Dtype
+from inlay.values import Checked, Help
 
-from .common import BaseName, Dtype, Json, emit, guarded
+from . import flags
+from .common import console, emit, number
 
 
-def command(
-    base: BaseName = "smollm2",
-    adapter: Annotated[str | None, typer.Option("--adapter", help="The adapter's folder.")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="A folder for the merged model.")] = None,
-    dtype: Dtype = "float32",
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Merge(Checked):
+    """What is merged into what."""
+
+    adapter: Annotated[str, Help("an adapter's folder, or its run's")]
+    out: Annotated[str, Help("a new folder for the merged model")]
+    base: Base = "smollm2"
+    dtype: Annotated[Dtype, Help("number format of the merged model; auto keeps the base's own")] = "float32"
+
+
+@flags.command(Merge, "merging")
+def command(given: Merge, as_json: bool) -> None:
     """Write base and adapter as one plain transformers model, and say how far its logits are from theirs.
 
-    inlay merge --base smollm2 --adapter runs/reviews/adapter --out merged
+    inlay merge --adapter runs/reviews --out merged
     """
-    with guarded():
-        if adapter is None or out is None:
-            raise UsageError("--adapter and --out are needed", "Give both.")
+    with console.status("merging"):
         from inlay.merging.merge import merge_to_folder
 
-        emit(merge_to_folder(base, adapter, out, dtype), json)
+        result = merge_to_folder(given.base, given.adapter, given.out, given.dtype)
+    if as_json:
+        return emit(result, True)
+    out = Console(highlight=False)
+    out.print(f"merged model  {result['merged']}  ({result['dtype']})", markup=False, soft_wrap=True)
+    out.print(
+        f"its logits    at most {number(result['max_difference'])} from those of base and adapter, "
+        f"where the largest is {number(result['largest_logit'])}"
+    )

@@ -3,34 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
+
+from inlay.errors import UsageError
+from inlay.methods.table import METHODS
+from inlay.values import Field, fields_of
 
 from .common import Json, emit, guarded
 
 
-def command(json: Json = False) -> None:
-    """List the methods there are, with their papers and settings."""
-    with guarded():
-        from inlay.methods.table import METHODS
+def command(
+    name: Annotated[str | None, typer.Argument(help="one method, with all its settings")] = None, json: Json = False
+) -> None:
+    """List the methods with their papers and learning rates, or explain the settings of one.
 
-        rows = {
-            name: {
-                "title": kind.title,
-                "paper": kind.paper,
-                "settings": {f.name: _shown(f) for f in dataclasses.fields(kind) if f.init},
-            }
-            for name, kind in METHODS.items()
-        }
+    inlay methods lora
+    """
+    with guarded("listing methods"):
+        if name is not None and name not in METHODS:
+            raise UsageError(f"no method is called {name!r}", f"Methods: {', '.join(METHODS)}.")
+        chosen = {key: METHODS[key] for key in ([name] if name else METHODS)}
         if json:
-            emit({"methods": rows}, True)
+            emit({"methods": {key: _told(kind) for key, kind in chosen.items()}}, True)
             return
-        table = Table("method", "title", "paper", "settings")
-        for name, row in rows.items():
-            table.add_row(name, row["title"], row["paper"], ", ".join(f"{k}={v}" for k, v in row["settings"].items()))
-        Console().print(table)
+        out = Console(highlight=False)
+        table = Table("method", "title", "paper", "learning rate")
+        for key, kind in chosen.items():
+            table.add_row(key, kind.title, kind.paper, f"{kind.lr:g}")
+        out.print(table)
+        for key, kind in chosen.items():
+            out.print(f"\n[bold]--method {key}[/bold]: the settings that --set takes")
+            out.print(_settings(kind))
 
 
-def _shown(field: dataclasses.Field) -> object:
-    return {} if field.default is dataclasses.MISSING else field.default
+def _told(kind: Any) -> dict[str, Any]:
+    settings = {
+        field.name: {"default": _plain(field), "help": field.help.words, "values": field.expected()}
+        for field in fields_of(kind)
+    }
+    return {"title": kind.title, "paper": kind.paper, "lr": kind.lr, "settings": settings}
+
+
+def _settings(kind: Any) -> Table:
+    table = Table("setting", "default", "what it means", "values", box=None, pad_edge=False)
+    for field in fields_of(kind):
+        default = _plain(field)
+        table.add_row(field.name, "" if default in (None, {}) else str(default), field.help.words, field.expected())
+    return table
+
+
+def _plain(field: Field) -> Any:
+    return None if field.default is dataclasses.MISSING else field.default

@@ -3,85 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-import typer
+from annotated_types import Ge
 from rich.console import Console
 from rich.text import Text
 
 from inlay.errors import UsageError
+from inlay.training.settings import (
+    DATA,
+    Base,
+    Columns,
+    MaxLength,
+    MethodName,
+    Paths,
+    Set,
+    Split,
+    Template,
+    Verbalizer,
+    VirtualTokensAt,
+)
+from inlay.values import Checked, Count, Help
 
-from .common import BaseName, Json, Set, columns_of, emit, guarded, pairs
+from . import flags
+from .common import emit
+from .opening import reading_of
 
-Option = typer.Option
 COLOURS = {
     "system": "magenta", "user": "cyan", "prompt": "cyan", "assistant": "green", "answer": "green", "text": "green",
     "virtual": "yellow", "tool": "blue",
 }  # fmt: skip
 
 
-def command(
-    base: BaseName = "smollm2",
-    data: Annotated[list[str] | None, Option("--data", help="The data file.")] = None,
-    row: Annotated[int, Option(help="The first row to show, from 0.")] = 0,
-    rows: Annotated[int, Option(help="How many.")] = 1,
-    method: Annotated[str, Option(help="Whose virtual tokens to show.")] = "lora",
-    set_: Set = None,
-    virtual_tokens_at: Annotated[str, Option(help="start, after-system or before-answer.")] = "start",
-    template: Annotated[str | None, Option(help="As for train.")] = None,
-    verbalizer: Annotated[str | None, Option(help="As for train.")] = None,
-    columns: Annotated[str | None, Option(help="As for train.")] = None,
-    max_length: Annotated[int, Option(help="Tokens in a row.")] = 512,
-    adapter: Annotated[str | None, Option("--adapter", help="An adapter whose template to use.")] = None,
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Preview(Checked):
+    """Which rows are shown, as which adapter would get them."""
+
+    data: Paths
+    base: Base = "smollm2"
+    row: Annotated[int, Ge(0), Help("the first row to show, from 0", DATA)] = 0
+    rows: Annotated[Count, Help("how many", DATA)] = 1
+    method: MethodName = "lora"
+    set: Set = field(default_factory=dict)
+    virtual_tokens_at: VirtualTokensAt = "start"
+    template: Template = None
+    verbalizer: Verbalizer = None
+    columns: Columns = field(default_factory=dict)
+    split: Split = "paragraph"
+    max_length: MaxLength = 512
+    adapter: Annotated[str | None, Help("an adapter whose template, length and method to use")] = None
+
+
+@flags.command(Preview, "looking at rows")
+def command(given: Preview, as_json: bool) -> None:
     """Show rows as the model gets them: tokens, roles, which bear loss, what is cut, where virtual ones are.
 
-    inlay preview --base smollm2 --data reviews.csv --method prompt --virtual-tokens-at before-answer
+    inlay preview --data reviews.csv --method prompt --virtual-tokens-at before-answer
     """
-    with guarded():
-        if not data:
-            raise UsageError("--data is missing", "Give --data.")
-        from inlay.bases.load import load_tokenizer
-        from inlay.data.encode import Encoder
-        from inlay.data.shown import shown
-        from inlay.data.table import duplicates, read_table
-        from inlay.data.template import choose_template, parse_verbalizer
-        from inlay.formats.carried import Carried, carried
-
-        table = read_table(data)
-        found = carried([adapter]) if adapter is not None else None
-        if found is None or template is not None or verbalizer is not None:
-            words = parse_verbalizer(verbalizer) if verbalizer else None
-            found = Carried(choose_template(table, columns_of(columns), template, words), max_length, virtual_tokens_at)
-        if not 0 <= row < len(table.rows):
-            raise UsageError(f"--row {row} is not there", f"Give 0 to {len(table.rows) - 1}.")
-        made = _method(method, pairs(set_, "--set"))
-        found = replace(found, place=virtual_tokens_at if adapter is None else found.place)
-        if found.place != "start" and not made.virtual_length and adapter is None:
-            raise UsageError(f"{method} has no virtual tokens to put {found.place}", "Choose --method prompt.")
-        encoder = Encoder(load_tokenizer(base), found.template, found.max_length, found.place)
-        shows = [(one, shown(encoder, one, made.virtual_length)) for one in table.rows[row : row + rows]]
-        counts: dict[str, Any] = {"rows": len(table.rows), **encoder.examples(table.rows).counts}
-        counts["duplicates"] = duplicates(table.rows)
-        if json:
-            told = [{"where": one.where, **view.to_dict()} for one, view in shows]
-            emit({"shown": told, "counts": counts, "prefix_keys": made.prefix_length}, True)
-            return
-        console = Console(highlight=False)
-        for one, view in shows:
-            _print(console, one.where, view)
-        if made.prefix_length:
-            console.print(f"{made.prefix_length} keys of the prefix stand before every token in each layer")
-        _legend(console, shows)
-        console.print(", ".join(f"{count} {reason}" for reason, count in counts.items() if count or reason == "rows"))
-
-
-def _method(name: str, values: dict[str, Any]) -> Any:
+    from inlay.bases.load import load_tokenizer
+    from inlay.data.encode import Encoder
+    from inlay.data.prepare import prepare
+    from inlay.data.shown import shown
+    from inlay.data.table import duplicates, read_table
+    from inlay.formats.folders import adapter_folder
     from inlay.training.settings import make_method
 
-    return make_method(name, values)
+    made = make_method(given.method, given.set)
+    folders = [] if given.adapter is None else [adapter_folder(given.adapter)]
+    if given.virtual_tokens_at != "start" and not made.virtual_length and not folders:
+        raise UsageError(
+            f"{given.method} has no virtual tokens to put {given.virtual_tokens_at}", "Choose --method prompt."
+        )
+    table = read_table(given.data, given.split)
+    found = reading_of(table, folders, given.template, given.verbalizer, given.columns)
+    if not folders:
+        found = replace(found, max_length=given.max_length, place=given.virtual_tokens_at)
+    if given.row >= len(table.rows):
+        raise UsageError(f"--row {given.row} is not there", f"Give 0 to {len(table.rows) - 1}.")
+    encoder = Encoder(load_tokenizer(given.base), found.template, found.max_length, found.place)
+    shows = [(one, shown(encoder, one, made.virtual_length)) for one in table.rows[given.row : given.row + given.rows]]
+    counts: dict[str, Any] = {"rows": len(table.rows), **prepare(encoder, table.rows).counts}
+    counts["duplicates"] = duplicates(table.rows)
+    if as_json:
+        told = [{"where": one.where, **view.to_dict()} for one, view in shows]
+        emit({"shown": told, "counts": counts, "prefix_keys": made.prefix_length}, True)
+        return
+    console = Console(highlight=False)
+    for one, view in shows:
+        _print(console, one.where, view)
+    if made.prefix_length:
+        console.print(f"{made.prefix_length} keys of the prefix stand before every token in each layer")
+    _legend(console, shows)
+    console.print(", ".join(f"{count} {reason}" for reason, count in counts.items() if count or reason == "rows"))
 
 
 def _print(console: Console, where: str, view: Any) -> None:
@@ -98,12 +112,16 @@ def _print(console: Console, where: str, view: Any) -> None:
     console.print(
         f"{len(view.tokens) - virtual} tokens, {learned} bear loss, {virtual} virtual, {view.cut} cut", style="dim"
     )
+    if view.pieces > 1:
+        console.print(f"this text goes on in {view.pieces - 1} more pieces, none of it is lost", style="dim")
     if view.dropped:
         console.print(f"this row is dropped: {view.dropped}", style="bold red")
 
 
 def _styled(token: Any, coloured: bool) -> Text:
-    """A token in its role's colour, underlined where it bears loss; without colours, in brackets where it does."""
+    """A token in its role's colour, underlined where it bears loss; without colours, in brackets where it does. A dot
+    alone is one more token of the character before it.
+    """
     shown = token.text.replace("\n", "↵\n") if not token.special else token.text
     style = (
         COLOURS.get(token.role, "white")
@@ -111,7 +129,7 @@ def _styled(token: Any, coloured: bool) -> Text:
         + (" dim" if token.special else "")
     )
     if coloured:
-        return Text(shown, style=style).append("·", style="dim")
+        return Text("" if token.part else shown, style=style).append("·", style="dim")
     return Text(f"[{shown}]" if token.learned else f"{shown}|")
 
 

@@ -1,86 +1,163 @@
-"""What generate and chat share: a base with at most one adapter, and prompts inside the adapter's own template."""
+"""What generate, chat and predict share: a base with at most one adapter, and prompts in the adapter's own template."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Gt, Le
 
 from inlay.errors import UsageError
+from inlay.training.settings import Base, Device, Dtype, Quantize
+from inlay.values import Checked, Count, Help, NonNegative, Seed
 
-__all__ = ["Writer", "open_writer"]
+from .opening import open_bank
+
+if TYPE_CHECKING:
+    from inlay.data.template import Template
+    from inlay.formats.carried import Carried
+
+__all__ = ["Sampling", "Writer", "open_writer", "prompt_row"]
 
 
-Loading = tuple[str, str | None, str | None]
-"""dtype, device and quantization of a base."""
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Checked):
+    """How tokens are drawn, and from which base."""
+
+    base: Base = "smollm2"
+    max_new_tokens: Annotated[Count, Help("tokens to write at most")] = 64
+    temperature: Annotated[NonNegative, Le(100), Help("0 takes the likeliest token, more draws")] = 0.0
+    top_p: Annotated[float, Gt(0), Le(1), Help("share of the probability to draw from")] = 1.0
+    beams: Annotated[int, Ge(1), Le(256), Help("width of beam search")] = 1
+    seed: Annotated[Seed, Help("for drawing")] = 0
+    dtype: Dtype = "auto"
+    device: Device = None
+    quantize: Quantize = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of transformers' `generate`."""
+        drawn: dict[str, Any] = {"do_sample": False}
+        if self.temperature:
+            drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        return {"max_new_tokens": self.max_new_tokens, "num_beams": self.beams, **drawn}
 
 
 @dataclass
 class Writer:
-    """Writes answers; `encoder` knows the template, `model` the rest."""
+    """Writes answers; `encoder` knows the template, the bank's model the rest. `system` opens each conversation."""
 
     bank: Any
     encoder: Any
     row: str | None
+    system: str | None = None
+    positions: int | None = None
 
     def prompt(self, words: str) -> tuple[list[int], int]:
         """The tokens of a prompt inside the template, and the place of virtual tokens among them."""
-        from inlay.data.table import Row
-        from inlay.data.template import names_in
-
         template = self.encoder.template
+        opening = [("system", self.system)] if self.system else []
         if template.kind == "messages":
-            return self.encoder.asked([("user", words)])
-        names = sorted(names_in(template.prompt), key=template.prompt.index)
-        values: dict[str, Any] = {name: "" for name in names} | ({names[0]: words} if names else {})
-        return self.encoder.prompt(Row(values, 0, "--prompt", 1))
+            return self.encoder.asked([*opening, ("user", words)])
+        row = prompt_row(template, words)
+        if opening:
+            return self.encoder.asked([*opening, ("user", template.prompt_of(row))])
+        return self.encoder.prompt(row)
 
-    def write(self, ids: Sequence[int], place: int, settings: Mapping[str, Any], streamer: Any = None) -> list[int]:
-        """The tokens that follow `ids`."""
+    def write(self, ids: Sequence[int], place: int, settings: Sampling, streamer: Any = None) -> list[int]:
+        """The tokens that follow `ids`. Raises: UsageError where the base has no positions for them."""
+        return self.write_many([(ids, place)], settings, streamer)[0]
+
+    def write_many(
+        self, prompts: Sequence[tuple[Sequence[int], int]], settings: Sampling, streamer: Any = None
+    ) -> list[list[int]]:
+        """The tokens that follow each of several prompts, in one batch."""
         import torch
 
+        if any(not ids for ids, _ in prompts):
+            raise UsageError("the prompt has no tokens", "Give some words.")
+        self._check_positions(prompts, settings)
         model, tokenizer = self.bank.model, self.encoder.tokenizer
-        given = torch.tensor([list(ids)], device=model.device)
-        with self.bank.route([self.row], places=[place]):
+        longest, pad = max(len(ids) for ids, _ in prompts), tokenizer.pad_token_id or 0
+        rows = [[pad] * (longest - len(ids)) + list(ids) for ids, _ in prompts]
+        given = torch.tensor(rows, device=model.device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in prompts], device=model.device)
+        with torch.no_grad(), self.bank.route([self.row] * len(rows), places=[place for _, place in prompts]):
             out = model.generate(
-                input_ids=given, attention_mask=torch.ones_like(given), pad_token_id=tokenizer.pad_token_id,
-                streamer=streamer, **settings,
-            )  # fmt: skip
-        return out[0].tolist() if model.config.is_encoder_decoder else out[0, len(ids) :].tolist()
+                input_ids=given, attention_mask=mask, pad_token_id=pad, streamer=streamer, **settings.arguments()
+            )
+        start = 0 if model.config.is_encoder_decoder else longest
+        return [_ended(row[start:].tolist(), tokenizer.pad_token_id, tokenizer.eos_token_id) for row in out]
+
+    def _check_positions(self, prompts: Sequence[tuple[Sequence[int], int]], settings: Sampling) -> None:
+        longest = max(len(ids) for ids, _ in prompts)
+        read = 0 if self.bank.model.config.is_encoder_decoder else longest
+        if self.positions is not None and read + settings.max_new_tokens > self.positions:
+            raise UsageError(
+                f"the base has {self.positions} positions for a row; the prompt takes {longest} and "
+                f"--max-new-tokens {settings.max_new_tokens}",
+                "Give a shorter prompt, or write fewer tokens.",
+            )
 
     def words(self, ids: Sequence[int]) -> str:
         return self.encoder.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def open_writer(base: str, adapter: str | None, how: Loading, raw: bool = False, chat: bool = False) -> Writer:
-    """Open a base and an adapter; prompts go into the adapter's template, unless they are `raw` or a `chat`."""
-    from inlay.bank.bank import attach
-    from inlay.bases.load import load_base
-    from inlay.data.encode import Encoder
+def _ended(ids: list[int], pad: int | None, end: int | None) -> list[int]:
+    """The tokens without the padding behind the end."""
+    while len(ids) > 1 and ids[-1] == pad and (pad != end or ids[-2] == pad):
+        ids.pop()
+    return ids
+
+
+def prompt_row(template: Template, words: str) -> Any:
+    """A row whose first column in the template's prompt holds `words`; the rest are empty."""
+    from inlay.data.rows import Row
+    from inlay.data.template import names_in
+
+    if template.kind == "text":
+        return Row({template.answer: words}, 0, "--prompt", 1)
+    names = list(names_in(template.prompt))
+    names.sort(key=lambda name: template.prompt.index("{" + name + "}"))
+    values: dict[str, Any] = {name: "" for name in names} | ({names[0]: words} if names else {})
+    return Row(values, 0, "--prompt", 1)
+
+
+def open_writer(
+    given: Sampling, adapter: str | None, raw: bool = False, chat: bool = False, system: str | None = None
+) -> Writer:
+    """Open a base and an adapter; prompts go into the adapter's template, unless they are `raw` or a `chat`.
+
+    Raises: UsageError where the base writes no text, or a system message has no place in the template.
+    """
+    from inlay.formats.folders import adapter_folder
+
+    folders = {} if adapter is None else {"adapter": adapter_folder(adapter)}
+    found = _reading([*folders.values()], raw, chat or (system is not None and not folders))
+    if system is not None and not found.template.chat:
+        raise UsageError(
+            f"--system has no place in the template {found.template.prompt!r}, which the adapter was trained with",
+            "Leave it out.",
+        )
+    opened = open_bank(given, folders, found)
+    if not opened.bank.model.can_generate():  # pyright: ignore[reportCallIssue]
+        kind = type(opened.bank.model).__name__
+        raise UsageError(f"{kind} does not write text", "Choose a causal or encoder-decoder base.")
+    return Writer(opened.bank, opened.encoder, "adapter" if folders else None, system, opened.positions)
+
+
+def _reading(folders: Sequence[Path], raw: bool, chat: bool) -> Carried:
+    """The adapter's own way of reading; for the plain base, or where it is asked for, words alone or a chat."""
     from inlay.data.template import Template
     from inlay.formats.carried import Carried, carried
 
-    plain = Template("completion", "{prompt}", "completion", chat=chat)
-    found = (carried([adapter]) if adapter is not None and not raw else None) or Carried(plain, 1 << 20)
-    template = plain if raw or (chat and not found.template.chat) else found.template
-    opened = load_base(base, *how)
-    if not opened.model.can_generate():
-        raise UsageError(
-            f"{type(opened.model).__name__} does not write text", "Choose a causal or encoder-decoder base."
-        )
-    encoder = Encoder(opened.tokenizer, template, max(found.max_length, 1 << 16), found.place)
-    bank = attach(opened.model)
-    if adapter is not None:
-        bank.load("adapter", adapter)
-    return Writer(bank, encoder, "adapter" if adapter is not None else None)
-
-
-def sampling(temperature: float, top_p: float, max_new_tokens: int, beams: int = 1) -> dict[str, Any]:
-    """Settings of `generate`. Raises: UsageError."""
-    if max_new_tokens < 1 or beams < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise UsageError(
-            "--max-new-tokens and --beams take 1 or more, --temperature 0 or more, --top-p a share above 0",
-            "See --help.",
-        )
-    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    return {"max_new_tokens": max_new_tokens, "num_beams": beams, **drawn}
+    found = carried(folders) if folders and not raw else None
+    plain = Template("completion", "{prompt}", "completion")
+    if chat:
+        plain = Template("messages", answer="messages", chat=True)
+    if found is None or (chat and not found.template.chat):
+        if found is not None:
+            raise UsageError("the adapter was trained on plain prompts, not on a chat", "Leave --chat out.")
+        return Carried(plain, 1 << 20)
+    return Carried(found.template, max(found.max_length, 1 << 16), found.place)

@@ -1,26 +1,31 @@
-"""Conversations as a model's chat template renders them, with what each token is for."""
+"""Conversations as a model's chat template renders them, with what each part of the words is for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import Any
 
 from inlay.errors import DataError, UsageError
 
-__all__ = ["Chat", "Rendered", "common", "turns_of"]
+from .messages import Message, Talk
+from .special import Controls, controls_of
+from .tokens import common
 
-Turn = tuple[str, str]
-"""A role and its words."""
+__all__ = ["Chat", "Rendered"]
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of a conversation, whether each is learned, and whose turn it belongs to."""
+    """The words of a conversation, where its learned answers begin and end among them, where its system turn ends, and
+    (where asked for) where each turn ends and whose it is. Control tokens that stand in messages bear marks
+    (`special`).
+    """
 
-    ids: list[int]
-    learned: list[bool]
-    roles: list[str]
+    text: str
+    answers: list[tuple[int, int]]
+    system: int = 0
+    turns: tuple[tuple[int, str], ...] = ()
 
 
 class Chat:
@@ -29,112 +34,169 @@ class Chat:
     Raises: UsageError where there is none, or `jinja` is no template.
     """
 
-    def __init__(self, tokenizer: Any, jinja: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, jinja: str | None = None, controls: Controls | None = None) -> None:
         if jinja is None and not getattr(tokenizer, "chat_template", None):
             raise UsageError(
                 "the base's tokenizer has no chat template",
                 "Give prompt and completion columns, or --template file.jinja.",
             )
         self.tokenizer, self.jinja = tokenizer, jinja
-        self.ends = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        self.controls = controls or controls_of(tokenizer)
+        self.ends = Controls([*self.controls.names, *tokenizer.get_added_vocab()])
         if jinja is not None:
             _check_jinja(jinja)
 
-    def text(self, turns: Sequence[Turn], opened: bool = False, where: str = "the conversation") -> str:
+    def text(self, talk: Talk, opened: bool = False, where: str = "the conversation") -> str:
         """The conversation's words; `opened` adds what an answer begins with."""
-        messages = [{"role": role, "content": content} for role, content in turns]
+        plain = self.controls.all_plain
         more: dict[str, Any] = {} if self.jinja is None else {"chat_template": self.jinja}
+        messages = [plain(message.to_dict()) for message in talk.messages]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, **more)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=opened, tools=plain(talk.tools), **more,
+                **plain(talk.options),
+            )  # fmt: skip
         except Exception as error:  # a template raises whatever it likes
+            if (written := _written(talk)) != talk:
+                return self.text(written, opened, where)
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"{where}: the chat template refuses it ({why})", "Change the roles.") from None
 
-    def ids(self, turns: Sequence[Turn], opened: bool = False, where: str = "the conversation") -> list[int]:
-        return list(self.tokenizer(self.text(turns, opened, where), add_special_tokens=False)["input_ids"])
+    def render(self, talk: Talk, where: str, system: bool = False, turns: bool = False) -> Rendered:
+        """Answers are what a rendering has beyond that of the turns before it. `system` and `turns` say whether the
+        ends of the system turn and of all turns are wanted.
 
-    def render(self, turns: Sequence[Turn], where: str, checked: bool = False) -> Rendered:
-        """Answers are what a rendering has beyond that of the turns before it.
-
-        Raises: DataError naming the row where the template hides an answer, renders it otherwise once others follow,
-        or (where it is to be `checked`) leaves it without an end to learn.
+        Raises: DataError naming the row where the template leaves out what a message says, renders an answer
+        otherwise once others follow, or leaves it without an end to learn.
         """
-        ids = self.ids(turns, where=where)
-        learned, roles = [False] * len(ids), [""] * len(ids)
-        start = 0
-        for number, (role, content) in enumerate(turns):
-            if role == "assistant":
-                head, end = self._answer(ids, turns, number, where)
-                learned[head:end] = [True] * (end - head)
-                if checked:
-                    self._check(ids[head:end], content, number, where)
+        text = self.text(talk, where=where)
+        self._check_tools(talk, text, where)
+        answers, ends = [], []
+        for number, message in enumerate(talk.messages):
+            if message.role == "assistant":
+                span = self._answer(text, talk, number, where)
+                answers += [span] if message.learned else []
+                ends.append((span[1], message.role))
             else:
-                end = common(ids, self._partial(turns[: number + 1], where))
-            roles[start:end] = [role] * max(0, end - start)
-            start = max(start, end)
-        return Rendered(ids, learned, [role or turns[-1][0] for role in roles])
+                self._check_shown(message, number, text, where)
+                if turns:
+                    ends.append((self._end(text, talk.first(number + 1)), message.role))
+        first = self._end(text, talk.first(1)) if system and talk.messages[0].role == "system" else 0
+        return Rendered(text, answers, first, tuple(ends))
 
-    def behind_system(self, turns: Sequence[Turn], ids: Sequence[int]) -> int:
-        """How many first tokens belong to a system turn."""
-        if not turns or turns[0][0] != "system":
-            return 0
-        return common(ids, self._partial(turns[:1], "the system turn"))
+    def behind_system(self, talk: Talk, text: str) -> int:
+        """How many first characters belong to a system turn."""
+        return self._end(text, talk.first(1)) if talk.messages and talk.messages[0].role == "system" else 0
 
-    def _partial(self, turns: Sequence[Turn], where: str) -> list[int]:
-        """A conversation that ends in no answer; nothing where the template refuses to end there."""
+    def _end(self, text: str, talk: Talk) -> int:
+        """How far a conversation that ends in no answer goes; 0 where the template refuses to end there."""
         try:
-            return self.ids(turns, where=where)
+            return common(text, self.text(talk))
         except DataError:
-            return []
+            return 0
 
-    def _answer(self, ids: list[int], turns: Sequence[Turn], number: int, where: str) -> tuple[int, int]:
-        before = self.ids(turns[:number], True, where)
-        after = self.ids(turns[: number + 1], where=where)
-        head = common(ids, before)
-        if head >= len(before) - 1 and common(ids, after) >= len(after) - 1:
-            return head, min(len(after), len(ids))
+    def _answer(self, text: str, talk: Talk, number: int, where: str) -> tuple[int, int]:
+        message, last = talk.messages[number], number == len(talk.messages) - 1
+        before = self._opened(talk.first(number), where)
+        alone = text if last else self.text(talk.first(number + 1), where=where)
+        head = common(text, before)
+        if not number and (
+            head < len(before) or not before
+        ):  # words of the template itself stand before a first answer
+            head = max(0, text.find(self.controls.plain(message.content.strip())))
+            before = text[:head]
+        whole = head == len(before) and text.startswith(alone)
         # Templates that take thoughts out of earlier answers: the answer goes to the end of its turn.
-        end = next((n + 1 for n in range(head, len(ids)) if ids[n] in self.ends), 0)
-        said = self.tokenizer.decode(ids[head:end], skip_special_tokens=True)
-        if end and _last_line(turns[number][1]) in said:
-            return head, end
-        raise DataError(
-            f"{where}: the chat template renders turn {number + 1} otherwise once others follow",
-            "Give one row for each answer, as prompt and completion.",
-        )
+        end = len(alone) if whole else next((m.end() for m in self.controls.meant.finditer(text, head)), 0)
+        self._check_answer(message, number, (text[head:end], alone), whole, where)
+        return head, end
 
-    def _check(self, answer: list[int], content: str, number: int, where: str) -> None:
-        said = self.tokenizer.decode(answer, skip_special_tokens=True)
-        if content.strip() and _last_line(content) not in said:
+    def _opened(self, talk: Talk, where: str) -> str:
+        try:
+            return self.text(talk, True, where)
+        except DataError:
+            if talk.messages:
+                raise
+            return ""  # a conversation that an answer opens
+
+    def _check_answer(self, message: Message, number: int, said: tuple[str, str], whole: bool, where: str) -> None:
+        answer, alone = said
+        turn = f"turn {number + 1}"
+        line = self.controls.plain(_last_line(message.content))
+        if line not in answer or not answer:
+            shown = _last_line(message.content)[:40]
+            if not whole and line in alone:
+                raise DataError(
+                    f"{where}: the chat template renders {turn} otherwise once others follow",
+                    "Give one row for each answer, as prompt and completion.",
+                )
             raise DataError(
-                f"{where}: the chat template hides the answer of turn {number + 1} ({_last_line(content)[:40]!r})",
+                f"{where}: the chat template hides the answer of {turn} ({shown!r})",
                 "Use another template: --template file.jinja.",
             )
-        if not any(token in self.ends for token in answer):
+        for name in message.calls:
+            if name not in answer:
+                _left_out(where, f"the call of {name!r} in {turn}")
+        for thought in message.thoughts:
+            if self.controls.plain(_last_line(thought)) not in alone:
+                _left_out(where, f"the reasoning in {turn}")
+        if not self.ends.meant.search(answer):
             raise DataError(
-                f"{where}: the chat template leaves no end token behind the answer of turn {number + 1}",
+                f"{where}: the chat template leaves no end token behind the answer of {turn}",
                 "A model that never learns to stop goes on for ever: end answers with {{ eos_token }}.",
             )
 
+    def _check_shown(self, message: Message, number: int, text: str, where: str) -> None:
+        line = _last_line(message.content)
+        if not line or self.controls.plain(line) in text:
+            return
+        written = self.controls.plain(json.dumps(line, ensure_ascii=False)[1:-1])
+        if written not in text and json.dumps(line)[1:-1] not in text and not _contained(message.content, text):
+            role = message.role if message.role.isprintable() else repr(message.role)
+            _left_out(where, f"the {role} turn ({line[:40]!r})")
 
-def turns_of(value: Any, where: str, column: str) -> list[Turn]:
-    """(role, content) of each message, in either of the usual layouts. Raises: DataError."""
-    names = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: column {column!r} holds no messages", "Give a list of them.")
-    found = []
-    for turn in value:
-        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError(f"{where} holds a message without role and content", 'Give {"role", "content"}.')
-        found.append((names.get(role, role), content))
-    return found
+    def _check_tools(self, talk: Talk, text: str, where: str) -> None:
+        for tool in talk.tools or []:
+            inner = tool.get("function", tool)
+            name = inner.get("name") if isinstance(inner, dict) else None
+            if isinstance(name, str) and name not in text:
+                _left_out(where, f"the tool {name!r}")
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens a and b share."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _left_out(where: str, what: str) -> None:
+    raise DataError(f"{where}: the chat template leaves out {what}", "Use another template: --template file.jinja.")
+
+
+def _contained(content: str, text: str) -> bool:
+    """Whether words that are JSON stand in the text in another spelling: all their words and numbers do."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    found, queue = [], [value]
+    while queue:
+        one = queue.pop()
+        queue += [*one.keys(), *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
+        found += [str(one)] if isinstance(one, (str, int, float)) and not isinstance(one, bool) else []
+    return all(one in text for one in found)
+
+
+def _written(talk: Talk) -> Talk:
+    """The same with the arguments of tool calls written as JSON, which some templates expect."""
+    messages = []
+    for message in talk.messages:
+        more = dict(message.more)
+        if calls := more.get("tool_calls"):
+            more["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": _dumped(call["function"]["arguments"])}}
+                for call in calls
+            ]
+        messages.append(replace(message, more=more))
+    return replace(talk, messages=tuple(messages))
+
+
+def _dumped(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _last_line(words: str) -> str:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from inlay.errors import DataError, UsageError
+from inlay.errors import DataError, DroppedRow, UsageError
 
-from .chat import Chat, Turn, common, turns_of
+from .jobs import Job, Jobs
+from .messages import Talk
+from .places import PLACES
 from .table import Row
 from .template import Template
+from .words import Tokens, Words
 
-__all__ = ["PLACES", "Choices", "Encoder", "Example", "Prepared"]
+__all__ = ["PIECE", "PLACES", "Choices", "Encoder", "Example"]
 
-PLACES = ("start", "after-system", "before-answer")
-CHECKED = 8
-"""First conversations in which a chat template is looked at closely."""
+PIECE = 40
+"""Bits of an example's `sample` that are the row's number; those above count the pieces of a row of text."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """`ids` (n,), and for each of them whether it is learned; `sample` is the row's number in its table, `cut` how
-    many tokens of its prompt are left out, `place` before which token virtual ones stand.
+    """`ids` (n,), and for each of them whether it is learned; `sample` is the row's number in its table (with the
+    number of the piece, shifted by `PIECE` bits, where a row of text has several), `cut` how many tokens of its
+    prompt are left out at least (words beyond all that could fit are left out uncounted), `place` before which token
+    virtual ones stand.
     """
 
     ids: tuple[int, ...]
@@ -35,7 +38,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Choices:
-    """A prompt, and the token ids of every word that may follow it, with the label each stands for."""
+    """A prompt, and the token ids of every word that may follow it (with the words of the template that follow the
+    word), with the label each stands for.
+    """
 
     prompt: tuple[int, ...]
     words: tuple[tuple[str, tuple[int, ...]], ...]
@@ -44,163 +49,177 @@ class Choices:
     place: int = 0
 
 
-@dataclass
-class Prepared:
-    """Examples, and what became of the rows: `counts` holds rows, cut, and those dropped by reason."""
-
-    examples: list[Example]
-    counts: Counter[str] = field(default_factory=Counter)
-
-
 class Encoder:
-    """Encodes rows of one template with one tokenizer, at most `max_length` tokens each.
+    """Encodes rows of one template with one tokenizer, at most `max_length` tokens each, or `limit` where that is
+    less: the positions that a base has for a row's own tokens. `table_size` is how many token ids the base knows.
 
     Virtual tokens go to `place`: start, after-system (behind a conversation's system turn, or a text's opening token)
     or before-answer.
+    Raises: UsageError for settings that cannot be.
     """
 
-    def __init__(self, tokenizer: Any, template: Template, max_length: int, place: str = "start") -> None:
+    def __init__(
+        self, tokenizer: Any, template: Template, max_length: int, place: str = "start", limit: int | None = None,
+        table_size: int | None = None,
+    ) -> None:  # fmt: skip
         if tokenizer is None:
             raise UsageError("the base has no tokenizer", "Name a base folder that holds one.")
         if max_length < 2:
             raise UsageError(f"the maximal length is {max_length} tokens", "Give 2 or more.")
         if place not in PLACES:
             raise UsageError(f"virtual tokens cannot stand at {place!r}", f"Choose {', '.join(PLACES)}.")
-        self.tokenizer, self.template, self.max_length, self.place = tokenizer, template, max_length, place
-        chats = template.chat or template.kind == "messages"
-        self.chat = Chat(tokenizer, template.jinja) if chats else None
-        self._checked = 0
+        if limit is not None and limit < 2:
+            said = f"the base's positions leave {limit} for a row's own tokens"
+            raise UsageError(said, "Take fewer virtual tokens, or a base with more positions.")
+        self.tokenizer, self.template, self.place = tokenizer, template, place
+        self.max_length = max_length if limit is None else min(max_length, limit)
+        self.table_size = table_size
+        self.words = Words(tokenizer)
+        self.jobs = Jobs(self.words, template, self.max_length, place)
+        self.chat = self.jobs.chat
+        self._beyond = table_size is not None and max(tokenizer.get_vocab().values(), default=0) >= table_size
 
-    def examples(self, rows: Sequence[Row]) -> Prepared:
-        """Encode rows; those without a learned token, or whose answer alone is too long, are dropped and counted."""
-        prepared = Prepared([], Counter(rows=len(rows)))
-        for row in rows:
-            example = self.example(row)
-            if len(example.ids) > self.max_length:
-                prepared.counts["dropped: answer too long"] += 1
-            elif not any(example.learned[1:]):
-                prepared.counts["dropped: nothing to learn"] += 1
-            else:
-                prepared.counts["cut"] += example.cut > 0
-                prepared.examples.append(example)
-        if not prepared.examples:
-            why = "; ".join(f"{n} {reason}" for reason, n in prepared.counts.items() if reason.startswith("dropped"))
-            remedy = "Raise --max-length, check the columns; `inlay preview` shows a row."
-            raise DataError(f"none of the {len(rows)} rows can be learned from ({why})", remedy)
-        return prepared
+    # ---- rows
+
+    def encode(self, rows: Sequence[Row]) -> list[list[Example] | DroppedRow]:
+        """What each row becomes: one example, several for a long row of text, or why it is of no use. Equal for a
+        row alone and among others.
+
+        Raises: DataError naming the file and line of a row that is not what its column should hold.
+        """
+        return [found if isinstance(found, DroppedRow) else self._usable(found, row)
+                for found, row in zip(self.drafts(rows), rows, strict=True)]  # fmt: skip
+
+    def drafts(self, rows: Sequence[Row]) -> list[list[Example] | DroppedRow]:
+        """As `encode`, but rows that are too long or teach nothing are there too."""
+        jobs = [_tried(self.jobs.job, row) for row in rows]
+        wanted = [job for job in jobs if isinstance(job, Job)]
+        found = iter(zip(wanted, *self._tokens(wanted), strict=True))
+        return [job if isinstance(job, DroppedRow) else self._examples(*next(found), row)
+                for job, row in zip(jobs, rows, strict=True)]  # fmt: skip
 
     def example(self, row: Row) -> Example:
-        if self.chat is not None:
-            return self._conversation(row, self.turns(row))
-        if self.template.kind == "text":
-            ids = [*self._ids(self._text(row)), self._end()]
-            cut = max(0, len(ids) - self.max_length)
-            ids = ids[: self.max_length]
-            return Example(tuple(ids), (True,) * len(ids), row.number, cut, self._opening(ids))
-        prompt, answer = self.template.prompt_of(row), self.template.answer_of(row)
-        ids = self._ids(prompt + answer)
-        head = common(ids, self._ids(prompt))
-        if ids[-1] != self._end():
-            ids.append(self._end())
-        return self._fitted(ids, [n >= head for n in range(len(ids))], row, self._opening(ids))
+        """What a row becomes (the first piece of a long row of text). Raises: DroppedRow, DataError."""
+        return _one(self.encode([row]))[0]
 
     def choices(self, row: Row) -> Choices:
-        """The row's prompt and every candidate word after it."""
-        words = [(label, word) for label, listed in self.template.verbalizer.items() for word in listed]
-        system = 0
-        if self.chat is not None:
-            turns = self.turns(row)[:-1]
-            opened = self.chat.text(turns, True, row.where)
-            prompt = self._plain_ids(opened)
-            joined = [self._plain_ids(opened + word) for _, word in words]
-            system = self.chat.behind_system(turns, prompt)
-        else:
-            text = self.template.prompt_of(row)
-            prompt = self._ids(text)
-            joined = [self._ids(f"{text} {word}") for _, word in words]
-            system = self._opening(prompt)
-        head = min(common(ids, prompt) for ids in joined)
-        longest = max(len(ids) - head for ids in joined)
-        kept = self._shortened(joined[0][:head], self.max_length - longest)
-        pieces = tuple((label, tuple(ids[head:])) for (label, _), ids in zip(words, joined, strict=True))
-        if any(not ids for _, ids in pieces):
-            raise DataError("a word of the verbalizer has no token of its own", "Choose other words.")
-        place = {"start": 0, "before-answer": len(kept)}.get(self.place, min(system, len(kept)))
-        return Choices(tuple(kept), pieces, self.template.label_of(row), row.number, place)
+        """The row's prompt and every candidate word after it. Raises: DroppedRow, DataError."""
+        return _one(self.all_choices([row]))
+
+    def all_choices(self, rows: Sequence[Row]) -> list[Choices | DroppedRow]:
+        """`choices` of many rows. Raises: DataError."""
+        jobs = [_tried(self.jobs.choices, row) for row in rows]
+        wanted = [one for listed in jobs if not isinstance(listed, DroppedRow) for _, one in listed]
+        found = iter(zip(*self._tokens(wanted), strict=True))
+        told: list[Choices | DroppedRow] = []
+        for listed, row in zip(jobs, rows, strict=True):
+            if isinstance(listed, DroppedRow):
+                told.append(listed)
+            else:
+                told.append(self._choices(row, [(label, job, *next(found)) for label, job in listed]))
+        return told
 
     def prompt(self, row: Row) -> tuple[list[int], int]:
-        """What stands before the answer, for generation, and the place of virtual tokens in it."""
-        if self.chat is not None:
-            return self.asked(self.turns(row, answered=False), row.where)
-        ids = self._ids(self.template.prompt_of(row))
-        return self._asked(ids, self._opening(ids))
+        """What stands before the answer, for generation, and the place of virtual tokens in it. Raises: DataError."""
+        return self._asked(self.jobs.prompt(row), row.where)
 
-    def asked(self, turns: Sequence[Turn], where: str = "the conversation") -> tuple[list[int], int]:
-        """As `prompt`, for a conversation that ends before an answer. Raises: UsageError where there is no chat."""
-        chat = self.chat or Chat(self.tokenizer, self.template.jinja)
-        ids = chat.ids(turns, True, where)
-        return self._asked(ids, chat.behind_system(turns, ids))
+    def asked(self, turns: Sequence[Any], where: str = "the conversation") -> tuple[list[int], int]:
+        """As `prompt`, for a conversation that ends before an answer: (role, words) pairs or messages.
 
-    def _asked(self, ids: list[int], system: int) -> tuple[list[int], int]:
-        kept = self._shortened(ids, self.max_length)
-        return kept, {"start": 0, "before-answer": len(kept)}.get(self.place, max(0, system - len(ids) + len(kept)))
+        Raises: UsageError where there is no chat template, DataError where it refuses the turns.
+        """
+        return self._asked(self.jobs.asked(Talk.of(turns, where), where), where)
 
     def prompt_ids(self, row: Row) -> list[int]:
         """The tokens before the answer."""
         return self.prompt(row)[0]
 
-    # ---- words
+    # ---- one row
 
-    def _text(self, row: Row) -> str:
-        value = row.values.get(self.template.answer)
-        if not isinstance(value, str):
-            raise DataError(f"{row.where}: column {self.template.answer!r} holds no text", "Give words.")
-        return value
+    def _tokens(self, jobs: Sequence[Job]) -> tuple[list[Tokens], list[list[int]]]:
+        """The tokens of each job's words, and for each of its places the first token behind it."""
+        tokens: list[Any] = [None] * len(jobs)
+        heads: list[list[int]] = [[]] * len(jobs)
+        for markup in (False, True):
+            own = [n for n, job in enumerate(jobs) if job.markup == markup]
+            texts, places = [jobs[n].text for n in own], [jobs[n].places for n in own]
+            encoded = self.words.encode(texts, markup)
+            for n, one, head in zip(own, encoded, self.words.heads(texts, encoded, places, markup), strict=True):
+                tokens[n], heads[n] = one, head
+        return tokens, heads
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
+    def _examples(self, job: Job, tokens: Tokens, heads: list[int], row: Row) -> list[Example]:
+        if self.template.kind == "text":
+            return self._pieces(job, tokens.ids, row)
+        lead = len(job.opening)
+        ids = [*job.opening, *tokens.ids]
+        spans = [(lead + heads[n], lead + heads[n + 1]) for n in range(0, job.spans * 2, 2)]
+        if job.closed:
+            ids += self.words.ended(tokens.ids)
+            spans[-1] = (spans[-1][0], len(ids))
+        system = lead + heads[-1] if job.system else self._opening(ids)
+        return [self._fitted(ids, spans, row, system)]
 
-    def _plain_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _pieces(self, job: Job, inner: list[int], row: Row) -> list[Example]:
+        """All tokens of a text in rows of at most the maximal length, as even as can be; its end is in the last one."""
+        inner = [*inner, *self.words.ended(inner)]
+        room = max(1, self.max_length - len(job.opening))
+        count = -(-len(inner) // room)
+        edges = [n * len(inner) // count for n in range(count + 1)]
+        found = []
+        for piece in range(count):
+            ids = (*job.opening, *inner[edges[piece] : edges[piece + 1]])
+            self._check(ids, row.where)
+            found.append(Example(ids, (True,) * len(ids), row.number + (piece << PIECE), 0, self._opening(ids)))
+        return found
 
-    def _end(self) -> int:
-        if self.tokenizer.eos_token_id is None:
-            raise UsageError("the base's tokenizer has no end-of-text token", "Set eos_token in its folder.")
-        return self.tokenizer.eos_token_id
+    def _choices(self, row: Row, listed: Sequence[tuple[str, Job, Tokens, list[int]]]) -> Choices:
+        """From each candidate's label, words and tokens."""
+        _, first, _, _ = listed[0]
+        head = min(heads[0] for _, _, _, heads in listed)
+        words = tuple((label, tuple(tokens.ids[head:])) for label, _, tokens, _ in listed)
+        if any(not ids for _, ids in words):
+            raise DataError("a word of the verbalizer has no token of its own", "Choose other words.")
+        whole = [*first.opening, *listed[0][2].ids[:head]]
+        kept = self._shortened(whole, self.max_length - max(len(ids) for _, ids in words))
+        system = len(first.opening) + listed[0][3][-1] if first.system else self._opening(whole)
+        place = {"start": 0, "before-answer": len(kept)}.get(self.place, min(system, len(kept)))
+        for _, ids in words:
+            self._check((*kept, *ids), row.where)
+        return Choices(tuple(kept), words, self.template.label_of(row), row.number, place)
+
+    def _asked(self, job: Job, where: str) -> tuple[list[int], int]:
+        (tokens,), (heads,) = self._tokens([job])
+        ids = [*job.opening, *tokens.ids]
+        if not ids:
+            raise DroppedRow(where, "no text", "Give words to go on from.")
+        kept = self._shortened(ids, self.max_length)
+        self._check(kept, where)
+        system = len(job.opening) + heads[-1] if job.system else self._opening(ids)
+        return kept, {"start": 0, "before-answer": len(kept)}.get(self.place, max(0, system - len(ids) + len(kept)))
 
     def _opening(self, ids: Sequence[int]) -> int:
         """Tokens that open every text."""
-        opens = self.place == "after-system" and ids and ids[0] in (self.tokenizer.bos_token_id, _cls(self.tokenizer))
-        return 1 if opens and ids[0] is not None else 0
-
-    # ---- conversations
-
-    def turns(self, row: Row, answered: bool = True) -> list[Turn]:
-        """The row as a conversation, with its answer or up to it."""
-        if self.template.kind == "messages":
-            turns = turns_of(row.values.get(self.template.answer), row.where, self.template.answer)
-            return turns[:-1] if not answered and turns[-1][0] == "assistant" else turns
-        asked = ("user", self.template.prompt_of(row))
-        return [asked, ("assistant", self.template.answer_of(row).strip())] if answered else [asked]
-
-    def _conversation(self, row: Row, turns: list[Turn]) -> Example:
-        assert self.chat is not None
-        rendered = self.chat.render(turns, row.where, self._checked < CHECKED)
-        self._checked += 1
-        return self._fitted(rendered.ids, rendered.learned, row, self.chat.behind_system(turns, rendered.ids))
+        if self.place != "after-system" or self.chat is not None or not ids:
+            return 0
+        return 1 if ids[0] in (self.words.bos, self.words.cls) else 0
 
     # ---- length
 
-    def _fitted(self, ids: list[int], learned: list[bool], row: Row, system: int) -> Example:
+    def _fitted(self, ids: list[int], spans: list[tuple[int, int]], row: Row, system: int) -> Example:
         """Cut tokens in front of the first learned one, so that the whole fits, and find the virtual tokens' place."""
+        self._check(ids, row.where)
         excess = len(ids) - self.max_length
-        head = learned.index(True) if True in learned else len(ids)
+        head = spans[0][0] if spans else len(ids)
         cut = 0
         if excess > 0 and head - excess >= 1:
             front = self._shortened(ids[:head], head - excess)
-            cut, ids, learned, head = excess, front + ids[head:], [False] * len(front) + learned[head:], len(front)
+            cut, ids, head = excess, front + ids[head:], len(front)
+        learned = (False,) * len(ids)
+        for start, end in spans:
+            learned = learned[: start - cut] + (True,) * (end - start) + learned[end - cut :]
         place = {"start": 0, "before-answer": head}.get(self.place, max(0, system - cut))
-        return Example(tuple(ids), tuple(learned), row.number, cut, place)
+        return Example(tuple(ids), learned, row.number, cut, place)
 
     def _shortened(self, prompt: list[int], length: int) -> list[int]:
         """At most `length` tokens of a prompt: for a template, the end of the row's text goes and the words after it
@@ -209,13 +228,34 @@ class Encoder:
         if excess <= 0:
             return prompt
         if self.template.kind == "label" and self.chat is None:
-            tail = self.template.prompt.rpartition("}")[2]
-            behind = len(self._plain_ids(tail)) if tail else 0
+            behind = self.jobs.behind
             if len(prompt) - behind - excess > 0:
                 return prompt[: len(prompt) - behind - excess] + prompt[len(prompt) - behind :]
-        first = 1 if prompt[0] == self.tokenizer.bos_token_id else 0
+        first = 1 if prompt[0] == self.words.bos else 0
         return prompt[:first] + prompt[first + excess :]
 
+    # ---- checks
 
-def _cls(tokenizer: Any) -> int | None:
-    return getattr(tokenizer, "cls_token_id", None)
+    def _usable(self, found: list[Example], row: Row) -> list[Example] | DroppedRow:
+        if any(len(example.ids) > self.max_length for example in found):
+            return DroppedRow(row.where, "answer too long", "Raise --max-length.")
+        kept = [e for e in found if (len(e.ids) > 1 and e.learned[-1]) or True in e.learned[1:]]
+        return kept or DroppedRow(row.where, "nothing to learn")
+
+    def _check(self, ids: Sequence[int], where: str) -> None:
+        if self._beyond and self.table_size is not None and max(ids, default=0) >= self.table_size:
+            said = f"{where}: the tokenizer makes token {max(ids)} of it, and the base knows {self.table_size}"
+            raise DataError(f"{said}: tokenizer and base do not fit", "Name a base folder with its own tokenizer.")
+
+
+def _tried(make: Callable[[Row], Any], row: Row) -> Any:
+    try:
+        return make(row)
+    except DroppedRow as dropped:
+        return dropped
+
+
+def _one(found: Sequence[Any]) -> Any:
+    if isinstance(found[0], DroppedRow):
+        raise found[0]
+    return found[0]

@@ -2,40 +2,109 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.bank.bank import Bank
-from inlay.data.encode import Choices, Encoder, Example
-from inlay.data.table import Row
-from inlay.errors import UsageError
+from inlay.data.encode import PIECE, Choices, Encoder, Example
+from inlay.data.prepare import Examples, prepare
+from inlay.data.rows import Row, as_rows
+from inlay.errors import DataError, DroppedRow, UsageError
 from inlay.training.forward import Segment, scored
 from inlay.training.memory import Room, within
 
-from .metrics import Confusion, Tally
+from .compare import HIGHER
+from .intervals import Interval, intervals
+from .rows import Confusion, RowScores
 
-__all__ = ["HIGHER", "Judged", "evaluate", "judge", "metrics_of"]
+__all__ = ["HIGHER", "Items", "Judged", "NoneLeft", "evaluate", "items_of", "judge", "metrics_of", "score"]
 
 Scores = dict[str, float]
-HIGHER = ("accuracy", "f1", "exact_match")
-"""Metrics of which more is better; of the others, less is."""
+MANY = 10_000
+"""Rows beyond which encoded ones are kept on disk."""
+MOST = 1024
+"""Items that are looked at for one forward."""
 
 
-@dataclass
+class NoneLeft(DataError):
+    """No row is of use."""
+
+
+@dataclass(frozen=True)
 class Judged:
-    """An adapter's metrics, and for labels the table of which was taken for which."""
+    """What one adapter scored on each row, and what follows from that."""
 
-    scores: Scores
-    confusion: Confusion | None = None
+    rows: RowScores
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The metrics; see `judge`."""
+        return self.rows.scores()
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval | None]:
+        """The metrics' 95 % intervals; None where there is none."""
+        return intervals(self.rows)
+
+    @property
+    def confusion(self) -> Confusion | None:
+        """For labels, the table of which was taken for which."""
+        return self.rows.confusion
+
+
+@dataclass(frozen=True)
+class Items:
+    """Rows made ready to be scored any number of times; `labels` are those of the verbalizer, none for other kinds.
+
+    `counts` holds their number as "rows", and those that cannot be scored by reason.
+    """
+
+    items: Sequence[Choices | Example]
+    labels: tuple[str, ...]
+    counts: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def samples(self) -> list[int]:
+        """The number of the row that each item comes from."""
+        samples = self.items.samples.tolist() if isinstance(self.items, Examples) else [i.sample for i in self.items]
+        return [sample % (1 << PIECE) for sample in samples]
+
+    def first(self, count: int) -> Items:
+        return Items(self.items[:count], self.labels, self.counts)
 
 
 def metrics_of(kind: str) -> tuple[str, ...]:
     """The metrics that rows of a kind are scored by, the usual one to choose the best adapter by first."""
     return ("loss", "accuracy", "f1") if kind == "label" else ("loss", "perplexity", "accuracy", "exact_match")
+
+
+def items_of(encoder: Encoder, rows: Sequence[Row]) -> Items:
+    """Encode rows for scoring; those that are of no use are counted. Raises: DataError where none is left."""
+    labels = tuple(encoder.template.verbalizer) if encoder.template.kind == "label" else ()
+    if len(rows) > MANY and not labels:
+        prepared = prepare(encoder, rows)
+        return Items(prepared.examples, (), prepared.counts)
+    counts, items = Counter(rows=len(rows)), list[Choices | Example]()
+    for chunk in as_rows(rows).chunks():
+        for found in encoder.all_choices(chunk) if labels else encoder.encode(chunk):
+            if isinstance(found, DroppedRow):
+                counts[f"dropped: {found.reason}"] += 1
+            else:
+                items += [found] if isinstance(found, Choices) else found
+    if len(rows) and not items:
+        why = "; ".join(f"{count} {reason}" for reason, count in counts.items() if reason != "rows")
+        raise NoneLeft(f"none of {len(rows)} rows can be scored ({why})", "Raise --max-length, or check the columns.")
+    return Items(items, labels, counts)
 
 
 def evaluate(
@@ -47,7 +116,6 @@ def evaluate(
     return {adapter: found.scores for adapter, found in judged.items()}
 
 
-@torch.no_grad()
 def judge(
     bank: Bank, encoder: Encoder, rows: Sequence[Row], adapters: Sequence[str | None], room: Room,
     on_rows: Callable[[int], None] | None = None,
@@ -58,23 +126,39 @@ def judge(
     `on_rows` hears how many rows are done. Where memory runs out, `room` is cut and the group done again.
     Raises: DataError naming a row that cannot be scored; UsageError where there are none.
     """
-    if not rows:
+    return score(bank, items_of(encoder, rows), adapters, room, on_rows)
+
+
+@torch.no_grad()
+def score(
+    bank: Bank, items: Items, adapters: Sequence[str | None], room: Room, on_rows: Callable[[int], None] | None = None
+) -> dict[str | None, Judged]:
+    """As `judge`, for items that are encoded already."""
+    if not len(items):
         raise UsageError("there are no rows to score on", "Give a file with some, or hold out more.")
     bank.model.eval()
-    labelled = encoder.template.kind == "label"
-    items = [encoder.choices(row) for row in rows] if labelled else encoder.examples(rows).examples
-    labels = list(encoder.template.verbalizer)
-    tallies: dict[str | None, Tally] = {adapter: Tally(labels) for adapter in adapters}
-    queue = list(items)
-    while queue:
-        done = within(room, "evaluation", lambda: _group(bank, queue, adapters, room))
-        for adapter, results in done.items():
-            tallies[adapter].add(results)
-        count = len(next(iter(done.values())))
-        del queue[:count]
+    found: dict[str | None, list[Result]] = {adapter: [] for adapter in adapters}
+    done = 0
+    while done < len(items):
+        queue = items.items[done : done + MOST]
+        results = within(room, "evaluation", lambda queue=queue: _group(bank, queue, adapters, room))
+        for adapter, own in results.items():
+            found[adapter] += own
+        count = len(next(iter(results.values())))
+        done += count
         if on_rows is not None:
             on_rows(count)
-    return {a: Judged(t.scores(labelled), t.confusion if labelled else None) for a, t in tallies.items()}
+    samples = items.samples
+    return {adapter: Judged(_rows(samples, results, items.labels)) for adapter, results in found.items()}
+
+
+def _rows(samples: Sequence[int], results: Sequence[Result], labels: Sequence[str]) -> RowScores:
+    if not labels:
+        sums = [(r.nats, r.tokens, r.hits) for r in results]
+        return RowScores.of_tokens(samples, *zip(*sums, strict=True))
+    right = [labels.index(result.label) for result in results]
+    found = np.array([[r.log_probabilities[label] for label in labels] for r in results], np.float64)
+    return RowScores.of_labels(samples, right, found, labels)
 
 
 def _group(

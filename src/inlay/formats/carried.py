@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from inlay.data.encode import PLACES
 from inlay.data.template import Template
-from inlay.errors import FormatError, UsageError
+from inlay.errors import FormatError, InlayError, UsageError
 
-from .notes import read_notes
+from .notes import NOTES, read_notes
 
 __all__ = ["Carried", "carried"]
 
@@ -34,11 +34,14 @@ def carried(folders: Sequence[str | Path]) -> Carried | None:
 
 
 def _read(folder: str | Path) -> Carried | None:
-    notes: dict[str, Any] = read_notes(folder)
-    if not notes.get("template"):
+    notes = read_notes(folder)
+    if not notes.template:
         return None
+    if notes.virtual_tokens_at not in PLACES:
+        raise FormatError(f"{Path(folder) / NOTES}: virtual_tokens_at is {notes.virtual_tokens_at!r}", "Save it again.")
     try:
-        template = Template.from_dict(notes["template"])
-    except TypeError as error:
-        raise FormatError(f"{folder} carries a template that is not known here ({error})", "Give --template.") from None
-    return Carried(template, notes.get("max_length", 512), notes.get("virtual_tokens_at", "start"))
+        template = Template.from_dict(notes.template)
+    except (InlayError, TypeError) as error:
+        why = error.what if isinstance(error, InlayError) else str(error)
+        raise FormatError(f"{folder} carries a template that is not known here ({why})", "Give --template.") from None
+    return Carried(template, notes.max_length, notes.virtual_tokens_at)

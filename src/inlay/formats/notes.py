@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inlay.errors import FormatError
+from inlay.errors import FormatError, UsageError
+from inlay.values import Checked, Count, fields_of
 
-__all__ = ["NOTES", "read_notes"]
+__all__ = ["NOTES", "Notes", "read_notes"]
 
 NOTES = "inlay.json"
 
 
-def read_notes(folder: str | Path) -> dict[str, Any]:
-    """What was noted when the adapter was saved; nothing for adapters of other libraries."""
+@dataclass(frozen=True)
+class Notes(Checked):
+    """The base's name, fingerprint and dtype in training, and how rows were put to it (see `inlay.data.template`)."""
+
+    base: str = ""
+    fingerprint: str | None = None
+    dtype: str | None = None
+    template: Mapping[str, Any] | None = None
+    max_length: Count = 512
+    virtual_tokens_at: str = "start"
+
+
+def read_notes(folder: str | Path) -> Notes:
+    """What was noted when the adapter was saved; nothing for adapters of other libraries.
+
+    Raises: FormatError where the file is broken or a value in it cannot be. Entries of later releases are passed over.
+    """
     path = Path(folder) / NOTES
-    if not path.exists():
-        return {}
+    if not path.is_file():
+        return Notes()
     try:
         notes = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise FormatError(f"{path} is not JSON ({error})", "Save the adapter again, or remove the file.") from None
     if not isinstance(notes, dict):
         raise FormatError(f"{path} holds no JSON object", "Save the adapter again, or remove the file.")
-    return notes
+    names = {field.name for field in fields_of(Notes)}
+    try:
+        return Notes(**{name: value for name, value in notes.items() if name in names})
+    except UsageError as error:
+        raise FormatError(f"{path}: {error.what}", "Save the adapter again, or remove the file.") from None

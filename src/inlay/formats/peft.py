@@ -78,6 +78,9 @@ def read_peft(folder: Path, base: Structure) -> tuple[Method, Tensors]:
             method, sites = _placed(kind, config, stored, base, folder, file.name)
     except KeyError as error:
         raise FormatError(f"{folder / CONFIG} lacks the field {error}", "Save the adapter again.") from None
+    except (UsageError, ValueError, TypeError, AttributeError, re.error, RecursionError) as error:
+        why = error.what if isinstance(error, UsageError) else str(error) or type(error).__name__
+        raise FormatError(f"{folder / CONFIG} holds what cannot be: {why}", "Save the adapter again.") from None
     return method, _fitted(method, method.sites(base) if sites is None else sites, stored, folder)
 
 
@@ -108,7 +111,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} holds no {CONFIG}", "Name the folder that the adapter was saved to.")
     try:
         config = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON ({error})", "Save the adapter again.") from None
     if not isinstance(config, dict):
         raise FormatError(f"{path} holds no JSON object", "Save the adapter again.")

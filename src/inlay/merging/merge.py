@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -9,56 +10,137 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from inlay.bank.bank import attach
-from inlay.bases.load import load_base
-from inlay.errors import UsageError
+from inlay.bases.dtypes import dtype_name, pick_dtype
+from inlay.bases.folders import stored
+from inlay.bases.load import Base, load_base, resolve
+from inlay.bases.quiet import quiet
+from inlay.errors import InlayError, UsageError
+from inlay.formats.folders import adapter_folder
 
 __all__ = ["merge_to_folder"]
+
+BESIDE = 64 * 2**20
+"""Bytes for the tokenizer, the settings, and the file system itself."""
 
 
 @torch.no_grad()
 def merge_to_folder(base: str, adapter: str, out: str, dtype: str = "float32") -> dict[str, Any]:
-    """Write the merged model to the new folder `out`, whole or not at all.
+    """Write the merged model to the new folder `out`, whole or not at all; "auto" is the dtype of the base's files.
 
     Returns: the folder, the largest difference of logits between the adapter beside its base and the saved model
-    opened again, and the largest logit, for scale. Raises: UsageError where `out` exists or the method has no weights.
+    opened again, the largest logit, for scale, and the dtype. Raises: UsageError where `out` cannot be made or the
+    method has no weights; InlayError where the disk is too small or base or adapter give no numbers.
     """
-    folder = Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} exists and is not empty", "Choose another folder.")
-    opened = load_base(base, dtype)
+    folder, source = Path(out).expanduser(), adapter_folder(adapter)
+    _check_out(folder)
+    values, own = stored(resolve(base))
+    chosen = (own or "float32") if dtype == "auto" else dtype
+    need = values * pick_dtype(chosen).itemsize + BESIDE
+    _check_room(folder, need)
+    opened = load_base(base, chosen)
     model: Any = opened.model
     bank = attach(model)
-    bank.load("adapter", adapter)
+    bank.load("adapter", source)
     inputs = _probe(model)
+    _finite(_logits(model, inputs), f"base {base}", "Use --dtype float32, or copy the base again.")
     with bank.route(["adapter"]):
-        expected = model(**inputs).logits.float()
+        expected = _finite(_logits(model, inputs), f"the adapter in {source}", "Train it again, or use its run's best.")
     bank.merge("adapter")
     bank.detach()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        model.save_pretrained(beside)
-        if opened.tokenizer is not None:
-            opened.tokenizer.save_pretrained(beside)
-        again: Any = load_base(str(beside), dtype).model
-        difference = float((again(**inputs).logits.float() - expected).abs().max())
-        folder.rmdir() if folder.exists() else None
-        os.chmod(beside, 0o755)
-        os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    difference = _written(opened, folder, inputs, expected, need)
     return {
         "merged": str(folder),
         "max_difference": difference,
         "largest_logit": float(expected.abs().max()),
-        "dtype": dtype,
+        "dtype": dtype_name(opened.dtype),
     }
 
 
-def _probe(model: Any) -> dict[str, torch.Tensor]:
+def _written(opened: Base, folder: Path, inputs: dict[str, Tensor], expected: Tensor, need: int) -> float:
+    """Save the model as `folder`; returns how far the logits of what was saved are from `expected`."""
+    model: Any = opened.model
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"--out {folder} cannot be made ({why})", "Choose another folder.") from None
+    try:
+        with quiet():
+            model.save_pretrained(beside)
+            if opened.tokenizer is not None:
+                opened.tokenizer.save_pretrained(beside)
+        again: Any = load_base(str(beside), dtype_name(opened.dtype)).model
+        difference = float((_logits(again, inputs) - expected).abs().max())
+        if folder.exists():
+            folder.rmdir()
+        os.chmod(beside, 0o755)
+        os.rename(beside, folder)
+    except Exception as error:  # safetensors' own error for a full disk is none of the system's
+        if _full(error):
+            raise _no_room(folder, need) from None
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return difference
+
+
+def _check_out(folder: Path) -> None:
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise UsageError(f"--out {folder} exists and is not empty", "Choose another folder.")
+    elif folder.exists():
+        raise UsageError(f"--out {folder} is a file", "Choose a new folder.")
+    above = _there(folder)
+    if not above.is_dir():
+        raise UsageError(f"--out {folder} lies below {above}, which is a file", "Choose another folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {folder} cannot be made: {above} may not be written to", "Choose another folder.")
+
+
+def _check_room(folder: Path, need: int) -> None:
+    if shutil.disk_usage(_there(folder)).free < need:
+        raise _no_room(folder, need)
+
+
+def _no_room(folder: Path, need: int) -> InlayError:
+    above = _there(folder)
+    left = shutil.disk_usage(above).free
+    what = f"{above} has {left / 2**20:,.0f} MB left, and the merged model needs {need / 2**20:,.0f} MB"
+    return InlayError(what, "Choose an --out with more room.")
+
+
+def _there(folder: Path) -> Path:
+    """What is there of a path that is still to be made."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits; the states of a base without a head."""
+    return model(**inputs)[0].float()
+
+
+def _finite(logits: Tensor, what: str, remedy: str) -> Tensor:
+    if not bool(logits.isfinite().all()):
+        raise InlayError(f"{what} gives logits that are NaN or infinite", remedy)
+    return logits
+
+
+def _probe(model: Any) -> dict[str, Tensor]:
+    """A row of random inputs of the kind that the base takes."""
     generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        size = model.config.image_size
+        high, wide = size if isinstance(size, (list, tuple)) else (size, size)
+        pixels = torch.rand(1, model.config.num_channels, high, wide, generator=generator)
+        return {"pixel_values": pixels.to(model.device, model.dtype)}
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(rows, (1, 32), generator=generator).to(model.device)
     return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -23,12 +23,16 @@ from torch.nn import functional as F
 
 from inlay.errors import UsageError
 from inlay.sites.site import plain_call
+from inlay.values import Help, OneOf, Positive
 
-from .contract import Method, Params, Site, Structure, parse_layers
+from .contract import Dropout, Layers, Method, Params, Site, Structure, parse_layers
 
 __all__ = ["Bottleneck", "Houlsby", "Pfeiffer"]
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh}
+Activation = Annotated[str, OneOf(tuple(ACTIVATIONS), "non_linearity"), Help("between the two projections")]
+BehindAttention = Annotated[bool, Help("one behind attention")]
+AfterNorm = Annotated[bool, Help("read the stream after the block's addition and norm")]
 
 
 @dataclass(frozen=True)
@@ -39,21 +43,15 @@ class Bottleneck(Method):
     it adds; `dropout` is the share of that which training drops; `layers` keeps some blocks.
     """
 
-    reduction_factor: float = 16
-    non_linearity: str = "relu"
-    mh_adapter: bool = True
-    output_adapter: bool = True
-    cross_adapter: bool = False
-    original_ln_before: bool = False
-    scaling: float = 1.0
-    dropout: float = 0.0
-    layers: str | Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.non_linearity not in ACTIVATIONS:
-            raise UsageError(f"non_linearity {self.non_linearity!r} is not known", f"Choose {', '.join(ACTIVATIONS)}.")
-        if self.reduction_factor <= 0:
-            raise UsageError(f"reduction_factor is {self.reduction_factor}", "Choose more than 0; 16 is usual.")
+    reduction_factor: Annotated[Positive, Help("hidden size by bottleneck size")] = 16
+    non_linearity: Activation = "relu"
+    mh_adapter: BehindAttention = True
+    output_adapter: Annotated[bool, Help("one behind the feed-forward part")] = True
+    cross_adapter: Annotated[bool, Help("one behind cross-attention")] = False
+    original_ln_before: AfterNorm = False
+    scaling: Annotated[Positive, Help("by what the adapter's output is multiplied")] = 1.0
+    dropout: Dropout = 0.0
+    layers: Layers = None
 
     def sites(self, base: Structure) -> list[Site]:
         parts = {"attention": self.mh_adapter, "mlp": self.output_adapter, "cross-attention": self.cross_adapter}
@@ -111,7 +109,7 @@ class Houlsby(Bottleneck):
     paper = "arXiv:1902.00751"
     peft_type = "HOULSBY"
 
-    non_linearity: str = "swish"
+    non_linearity: Activation = "swish"
 
 
 @dataclass(frozen=True)
@@ -122,5 +120,5 @@ class Pfeiffer(Bottleneck):
     paper = "arXiv:2005.00247"
     peft_type = "PFEIFFER"
 
-    mh_adapter: bool = False
-    original_ln_before: bool = True
+    mh_adapter: BehindAttention = False
+    original_ln_before: AfterNorm = True

@@ -9,17 +9,42 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Le
 from torch import Tensor
 
 from inlay.errors import UsageError
 from inlay.sites.find import Structure
-from inlay.sites.select import parse_layers, select_projections
+from inlay.sites.select import check_pattern, parse_layers, select_projections
 from inlay.sites.site import Site
+from inlay.values import Checked, Count, Help, Share
 
-__all__ = ["Method", "Params", "Site", "Structure", "parse_layers", "select_projections"]
+__all__ = [
+    "Dropout",
+    "Layers",
+    "Length",
+    "Method",
+    "Params",
+    "Site",
+    "Structure",
+    "Targets",
+    "check_pattern",
+    "parse_layers",
+    "select_projections",
+]
+
+Targets = Annotated[
+    str | Sequence[str],
+    Help("module names, a group (all-linear, attention, mlp, qv, qkv) or a regular expression over whole paths"),
+]
+Layers = Annotated[
+    str | int | Sequence[int] | None,
+    Help('blocks to keep: 5, "8-11", "0,3", "last 4", "first 2", [0, -1]; all where unset'),
+]
+Length = Annotated[Count, Le(4096)]
+Dropout = Annotated[Share, Help("share of inputs that training drops; 0.05 to 0.2 where rows are few")]
 
 
 class Params(Mapping[str, Tensor]):
@@ -56,8 +81,11 @@ class Params(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """Base of every method; `title` and `paper` are shown to people."""
+class Method(Checked, ABC):
+    """Base of every method; `title` and `paper` are shown to people.
+
+    Its fields are its settings, checked when one is made (see `inlay.values`).
+    """
 
     title: ClassVar[str]
     paper: ClassVar[str]
@@ -69,9 +97,15 @@ class Method(ABC):
     takes_product: ClassVar[bool] = False
     """Whether `output` can give x the gradient of the base's own product too, which saves a pass over it."""
 
+    lr: ClassVar[float] = 1e-3
+    """The learning rate to begin with, by benchmarks/learning_rates.py and the paper."""
+
     @abstractmethod
     def sites(self, base: Structure) -> list[Site]:
         """The sites this method acts on. Raises UsageError where it cannot act on this base, and says why."""
+
+    def check_fit(self, sites: Sequence[Site]) -> None:
+        """Raises: UsageError where a new adapter of these settings would be out of proportion to `sites`."""
 
     def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh float32 parameters for one site; random numbers come from `generator` alone (on the CPU)."""

@@ -12,14 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from inlay.errors import UsageError
+from inlay.values import Help
 
-from .contract import Method, Params, Site, Structure, select_projections
+from .contract import Layers, Method, Params, Site, Structure, Targets, select_projections
 
 __all__ = ["IA3"]
 
@@ -35,9 +36,11 @@ class IA3(Method):
     paper = "arXiv:2205.05638"
     peft_type = "IA3"
 
-    targets: str | Sequence[str] | None = None
-    feedforward: Sequence[str] | None = None
-    layers: str | Sequence[int] | None = None
+    targets: Annotated[Targets | None, Help("module names or a group; keys, values and MLP outputs where unset")] = None
+    feedforward: Annotated[Sequence[str] | None, Help("targets whose input is rescaled; MLP outputs if unset")] = (
+        None
+    )
+    layers: Layers = None
 
     def sites(self, base: Structure) -> list[Site]:
         if self.targets is not None:

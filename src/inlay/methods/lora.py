@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from inlay.errors import FormatError, UsageError
+from inlay.values import Count, Help, Positive
 
 from .again import keep, kept
-from .contract import Method, Params, Site, Structure, select_projections
+from .contract import Dropout, Layers, Method, Params, Site, Structure, Targets, check_pattern, select_projections
 
 __all__ = ["LoRA"]
 
@@ -46,27 +47,36 @@ class LoRA(Method):
     peft_type = "LORA"
     takes_product = True
 
-    r: int = 8
-    alpha: float | None = None
-    targets: str | Sequence[str] = "all-linear"
-    layers: str | Sequence[int] | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    dropout: float = 0.0
-    loraplus_lr_ratio: float = 1.0
+    r: Annotated[Count, Help("rank of the product; 4 to 32 is usual")] = 8
+    alpha: Annotated[Positive | None, Help("scale of the product; 2r where unset")] = None
+    targets: Targets = "all-linear"
+    layers: Layers = None
+    rank_pattern: Annotated[Mapping[str, Count], Help("other ranks, by the end of a module's path")] = field(
+        default_factory=dict
+    )
+    alpha_pattern: Annotated[Mapping[str, Positive], Help("other scales, by the end of a module's path")] = field(
+        default_factory=dict
+    )
+    use_rslora: Annotated[bool, Help("divide by the root of r, which suits large ranks")] = False
+    dropout: Dropout = 0.0
+    loraplus_lr_ratio: Annotated[Positive, Help("by how much faster B learns than A (LoRA+); 16 in its paper")] = 1.0
 
     def __post_init__(self) -> None:
-        for r in (self.r, *self.rank_pattern.values()):
-            if r < 1:
-                raise UsageError(f"LoRA's rank r is {r}", "Choose 1 or more; 8 is usual.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"LoRA's dropout is {self.dropout}", "Choose 0 or more and less than 1.")
-        if self.loraplus_lr_ratio <= 0:
-            raise UsageError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}", "Choose 1 or more; 16 is usual.")
+        super().__post_init__()
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                check_pattern(pattern, f"LoRA's {name}")
 
     def sites(self, base: Structure) -> list[Site]:
         return select_projections(base, self.targets, self.layers)
+
+    def check_fit(self, sites: Sequence[Site]) -> None:
+        for site in sites:
+            r, most = self.rank(site), max(site.in_features, site.out_features)
+            if r > most:
+                shape = f"({site.out_features}, {site.in_features})"
+                what = f"LoRA's r is {r}, more than {site.path} {shape} has rows or columns"
+                raise UsageError(what, "4 to 32 is usual.")
 
     def rank(self, site: Site) -> int:
         return int(_patterned(self.rank_pattern, site.path, self.r))

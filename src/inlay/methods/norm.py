@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from inlay.errors import UsageError
+from inlay.values import Help
 
-from .contract import Method, Params, Site, Structure, parse_layers
+from .contract import Layers, Method, Params, Site, Structure, parse_layers
 
 __all__ = ["NormTuning"]
 
@@ -30,8 +31,8 @@ class NormTuning(Method):
     paper = "arXiv:2312.11420"
     peft_type = "LN_TUNING"
 
-    targets: Sequence[str] | None = None
-    layers: str | Sequence[int] | None = None
+    targets: Annotated[Sequence[str] | None, Help("endings of the norms' paths; every norm where unset")] = None
+    layers: Layers = None
 
     def sites(self, base: Structure) -> list[Site]:
         sites = base.norms

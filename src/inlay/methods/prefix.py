@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from inlay.errors import FormatError, UsageError
 from inlay.sites.probe import attention_sites, uses_interface
+from inlay.values import Count, Help
 
-from .contract import Method, Params, Site, Structure
+from .contract import Length, Method, Params, Site, Structure
 
 __all__ = ["PrefixTuning"]
 
@@ -40,13 +41,9 @@ class PrefixTuning(Method):
     peft_type = "PREFIX_TUNING"
     shared_only = True
 
-    num_virtual_tokens: int = 20
-    prefix_projection: bool = False
-    encoder_hidden_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise UsageError(f"num_virtual_tokens is {self.num_virtual_tokens}", "Choose 1 or more; 20 is usual.")
+    num_virtual_tokens: Annotated[Length, Help("keys put before a row's own in each layer; 10 to 20 is usual")] = 20
+    prefix_projection: Annotated[bool, Help("train them through a small network, folded away when saved")] = False
+    encoder_hidden_size: Annotated[Count | None, Help("width of that network; that of the keys where unset")] = None
 
     @property
     def prefix_length(self) -> int:

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from inlay.errors import UsageError
 from inlay.sites.site import plain_call
+from inlay.values import Count, Help, OneOf
 
-from .contract import Method, Params, Site, Structure
+from .contract import Length, Method, Params, Site, Structure
 
 __all__ = ["PromptTuning"]
+
+NotNegative = Annotated[int, Ge(0)]
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,14 @@ class PromptTuning(Method):
     peft_type = "PROMPT_TUNING"
     shared_only = True
 
-    num_virtual_tokens: int = 20
-    init: str = "random"
-    init_text: str | None = None
-    init_ids: Sequence[int] | None = None
-    submodules: int = 1
+    num_virtual_tokens: Annotated[Length, Help("embeddings put before a row's own; 20 is usual")] = 20
+    init: Annotated[str, OneOf(("random", "vocab", "text"), "init"), Help("what the embeddings start as")] = "random"
+    init_text: Annotated[str | None, Help("words that they start as, repeated or cut to length")] = None
+    init_ids: Annotated[Sequence[NotNegative] | None, Help("the tokens of those words, without a tokenizer")] = None
+    submodules: Annotated[Count, Help("blocks of rows in a reference checkpoint; the first is used")] = 1
 
     def __post_init__(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise UsageError(f"num_virtual_tokens is {self.num_virtual_tokens}", "Choose 1 or more; 20 is usual.")
-        if self.init not in ("random", "vocab", "text"):
-            raise UsageError(f"init {self.init!r} is not known", "Choose random, vocab or text.")
+        super().__post_init__()
         if self.init_text is not None or self.init_ids is not None:
             object.__setattr__(self, "init", "text")
         elif self.init == "text":
@@ -73,7 +74,9 @@ class PromptTuning(Method):
         sample = torch.randint(site.in_features, (max(rows, 256),), generator=generator)
         if self.init == "text":
             if not self.init_ids:
-                raise UsageError("the tokens of init_text are not known here", "Give init_ids.")
+                raise UsageError("init_text gives no tokens here", "Give other words, or init_ids.")
+            if (highest := max(self.init_ids)) >= site.in_features:
+                raise UsageError(f"init_ids holds {highest}", f"The base's table has rows 0 to {site.in_features - 1}.")
             sample = torch.tensor(list(self.init_ids)).repeat(rows)
         looked_up = plain_call(site.module, {}, sample.to(site.module.weight.device)).detach().float().cpu()  # pyright: ignore
         if self.init == "random":

@@ -1,23 +1,42 @@
-"""The one table of methods: the name people type, and the class behind it."""
+"""The one table of methods: the name people type, and the class behind it, imported when it is asked for."""
 
 from __future__ import annotations
 
-from .bottleneck import Houlsby, Pfeiffer
-from .contract import Method
-from .ia3 import IA3
-from .lora import LoRA
-from .norm import NormTuning
-from .prefix import PrefixTuning
-from .prompt import PromptTuning
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .contract import Method
 
 __all__ = ["METHODS"]
 
-METHODS: dict[str, type[Method]] = {
-    "lora": LoRA,
-    "ia3": IA3,
-    "houlsby": Houlsby,
-    "pfeiffer": Pfeiffer,
-    "norm": NormTuning,
-    "prefix": PrefixTuning,
-    "prompt": PromptTuning,
+CLASSES = {
+    "lora": "lora.LoRA",
+    "ia3": "ia3.IA3",
+    "houlsby": "bottleneck.Houlsby",
+    "pfeiffer": "bottleneck.Pfeiffer",
+    "norm": "norm.NormTuning",
+    "prefix": "prefix.PrefixTuning",
+    "prompt": "prompt.PromptTuning",
 }
+
+
+class _Table(Mapping[str, "type[Method]"]):
+    """Names alone need no torch, so that `--help` is quick."""
+
+    def __getitem__(self, name: str) -> type[Method]:
+        module, _, kind = CLASSES[name].partition(".")
+        return getattr(import_module(f".{module}", __package__), kind)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(CLASSES)
+
+    def __len__(self) -> int:
+        return len(CLASSES)
+
+    def __contains__(self, name: object) -> bool:
+        return name in CLASSES
+
+
+METHODS: Mapping[str, type[Method]] = _Table()

@@ -1,18 +1,24 @@
-"""Small line and bar charts as inline SVG, coloured by the page's own variables."""
+"""Small line and bar charts as inline SVG, coloured by the page's own variables.
+
+They are drawn for a card on a telephone; the page's style makes their words smaller where the card is wider.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 __all__ = ["Line", "bars", "lines", "thinned"]
 
-WIDTH, HEIGHT = 500, 220
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 34
+WIDTH, HEIGHT = 360, 196
+LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 38
 POINTS = 500
 """At most, in one line; more cannot be seen."""
+APART = 100
+"""Largest value over the middle one from which on the scale is logarithmic."""
 
 Point = tuple[float, float]
 
@@ -33,33 +39,47 @@ class Line:
 class _Frame:
     """From numbers to places in the picture."""
 
-    x: tuple[float, float]
-    y: tuple[float, float]
+    x: Point
+    y: Point
+    log: bool = False
     parts: list[str] = field(default_factory=list)
 
-    def at(self, point: Point) -> tuple[float, float]:
+    def at(self, point: Point) -> Point:
         (x0, x1), (y0, y1) = self.x, self.y
+        height = math.log10(point[1]) if self.log else point[1]
         across = LEFT + (point[0] - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
-        return round(across, 1), round(TOP + (y1 - point[1]) / (y1 - y0) * (HEIGHT - TOP - BOTTOM), 1)
+        return round(across, 1), round(TOP + (y1 - height) / (y1 - y0) * (HEIGHT - TOP - BOTTOM), 1)
 
 
-def lines(title: str, curves: Sequence[Line], unit: str = "step", mark: tuple[float, str] | None = None) -> str:
-    """An SVG of curves over a shared x axis; `mark` draws a named upright line. "" where there is nothing to draw."""
-    curves = [Line(c.name, _finite(c.points), c.colour, c.dots, c.faint, c.dashed) for c in curves]
+def lines(
+    title: str,
+    curves: Sequence[Line],
+    unit: str = "step",
+    mark: tuple[float, str] | None = None,
+    ends: Sequence[float] = (),
+) -> str:
+    """An SVG of curves over a shared x axis of whole numbers, which holds `ends` too.
+
+    `mark` draws a named upright line. "" where there is nothing to draw. Values that are far apart get a logarithmic
+    scale, which the legend says.
+    """
+    curves = [replace(curve, points=_finite(curve.points)) for curve in curves]
     curves = [curve for curve in curves if curve.points]
-    points = [point for curve in curves for point in curve.points]
-    if not points:
+    across = [*ends, *(x for curve in curves for x, _ in curve.points)]
+    up = [y for curve in curves for _, y in curve.points]
+    if not up:
         return ""
-    frame = _Frame(_span([x for x, _ in points], 0), _span([y for _, y in points], 0.06))
-    parts = _axes(frame, unit)
-    if mark is not None:
-        x, _ = frame.at((mark[0], frame.y[0]))
-        side = "end" if x > WIDTH * 0.7 else "start"
+    log = min(up) > 0 and max(up) > APART * statistics.median(up)
+    frame = _Frame(_span(across, 0), _span([math.log10(y) for y in up] if log else up, 0.06, log), log)
+    parts = _axes(frame, unit, (min(across), max(across)))
+    if mark is not None and frame.x[0] <= mark[0] <= frame.x[1]:
+        x = frame.at((mark[0], up[0]))[0]
+        side = "end" if x > WIDTH * 0.6 else "start"
         parts.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         shift = -5 if side == "end" else 5
         parts.append(f'<text x="{x + shift}" y="{TOP + 11}" text-anchor="{side}">{escape(mark[1])}</text>')
     parts += [part for curve in sorted(curves, key=lambda c: not c.faint) for part in _curve(frame, curve)]
-    return _svg(title, parts) + _legend(curves)
+    return _svg(title, parts) + _legend(curves, log)
 
 
 def bars(title: str, edges: Sequence[float], counts: Sequence[float], unit: str) -> str:
@@ -67,7 +87,7 @@ def bars(title: str, edges: Sequence[float], counts: Sequence[float], unit: str)
     if not counts or not max(counts):
         return ""
     frame = _Frame((edges[0], edges[len(counts)]), (0.0, max(counts) * 1.06))
-    parts = _axes(frame, unit)
+    parts = _axes(frame, unit, frame.x, whole=True)
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         (x0, y0), (x1, y1) = frame.at((low, count)), frame.at((high, 0))
         parts.append(
@@ -90,12 +110,13 @@ def _finite(points: Sequence[Point]) -> list[Point]:
     return thinned([(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)])
 
 
-def _span(values: Sequence[float], margin: float) -> tuple[float, float]:
+def _span(values: Sequence[float], margin: float, free: bool = False) -> Point:
+    """The ends of an axis; `free` lets it pass below zero where no value does."""
     low, high = min(values), max(values)
     if low == high:
-        low, high = low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
+        low, high = (low - 1, high + 1) if not margin else (low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5)
     room = (high - low) * margin
-    return (low - room if low < 0 or low - room > 0 else 0.0 if margin else low), high + room
+    return (low - room if free or low < 0 or low - room > 0 else 0.0 if margin else low), high + room
 
 
 def _curve(frame: _Frame, curve: Line) -> list[str]:
@@ -107,38 +128,56 @@ def _curve(frame: _Frame, curve: Line) -> list[str]:
         for (x, y), (step, value) in zip(places, curve.points, strict=True):
             told = f"{escape(curve.name)}: {_short(value)} at {_short(step)}"
             parts.append(
-                f'<circle style="fill:var({curve.colour})" cx="{x}" cy="{y}" r="3.5"><title>{told}</title></circle>'
+                f'<circle style="fill:var({curve.colour})" cx="{x}" cy="{y}" r="3"><title>{told}</title></circle>'
             )
     return parts
 
 
-def _axes(frame: _Frame, unit: str) -> list[str]:
+def _axes(frame: _Frame, unit: str, shown: Point, whole: bool = False) -> list[str]:
+    """Lines and words of both axes; x has ticks within `shown`, y whole ones too where it counts."""
     parts = []
-    for value in _ticks(*frame.y, 5):
+    up = [10.0**n for n in _ticks(*frame.y, 5, True)] if frame.log else _ticks(*frame.y, 5, whole)
+    for value, name in zip(up, _named(up), strict=True):
         _, y = frame.at((frame.x[0], value))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4}" text-anchor="end">{_short(value)}</text>')
-    for value in _ticks(*frame.x, 6):
-        x, _ = frame.at((value, frame.y[0]))
-        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_short(value)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{name}</text>')
+    for value in _ticks(*frame.x, 5, True):
+        if shown[0] <= value <= shown[1]:
+            x = frame.at((value, up[0] if up else 1.0))[0]
+            parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(value)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(unit)}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(unit)}</text>')
     return parts
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers between low and high."""
+def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+    """Round numbers between low and high, integers where they are to be `whole`."""
     rough = (high - low) / count
     size = 10 ** math.floor(math.log10(rough))
-    step = next(size * k for k in (1, 2, 5, 10) if size * k >= rough)
+    step = next(size * k for k in (1, 2, 5, 10) if size * k >= rough * (1 - 1e-9))
+    if whole:
+        step = max(1, round(step))
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def _named(values: Sequence[float]) -> list[str]:
+    """Words for an axis' ticks, all of one form."""
+    largest = max(map(abs, values), default=0)
+    if 1e-2 <= largest < 1e7 or not largest:
+        return [_short(value) for value in values]
+    return [_power(value) if value else "0" for value in values]
+
+
+def _power(value: float) -> str:
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
+
+
 def _short(value: float) -> str:
-    if abs(value) >= 10_000:
-        return f"{value / 1000:,.4g}k"
-    return f"{value:.4g}" if abs(value) >= 1e-3 or not value else f"{value:.0e}"
+    if abs(value) >= 1e7 or (value and abs(value) < 1e-3):
+        return _power(value)
+    return f"{value / 1000:,.4g}k" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _svg(title: str, parts: Sequence[str]) -> str:
@@ -150,10 +189,10 @@ def _svg(title: str, parts: Sequence[str]) -> str:
     )
 
 
-def _legend(curves: Sequence[Line]) -> str:
+def _legend(curves: Sequence[Line], log: bool) -> str:
     named = "".join(
         f'<span><i style="background:var({curve.colour});opacity:{0.4 if curve.faint else 1}"></i>'
         f"{escape(curve.name)}</span>"
         for curve in curves
     )
-    return f'<div class="legend">{named}</div>'
+    return f'<div class="legend">{named}{"<span>logarithmic scale</span>" if log else ""}</div>'

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +12,59 @@ from markupsafe import Markup
 
 from inlay.files import write_text
 
-from .charts import Line, bars, lines, thinned
+from .command import command_parts
+from .curves import charts_of, lengths_chart, read_metrics
+from .facts import cost_facts, data_facts
+from .naming import named
+from .rows import SHOWN, WHOLE, missed_rows
+from .scores import by_label, final_rows, memory_words, scores_of, verdict
+from .words import breakable, cut_front, label_text, number, printable, score_text
 
 __all__ = ["write_report"]
 
+LABELS = 30
+"""At most, in a table of labels by labels; more would not be read."""
+BY_CHANCE = (
+    ("weight down", "surest mistakes first"), ("weight up", "least sure first"), ("label up words", "by label"),
+    ("said up words", "by what the adapter said"), ("place up", "as in the data"),
+)  # fmt: skip
+BY_LOSS = (("weight down", "highest loss first"), ("weight up", "lowest loss first"), ("place up", "as in the data"))
+
 
 def write_report(folder: Path, story: Mapping[str, Any]) -> Path:
-    """Write `folder`/report.html from `story` (what run.json holds) and the folder's metrics.jsonl."""
-    metrics = _metrics(folder / "metrics.jsonl")
-    charts = [(title, Markup(svg)) for title, svg in _charts(story, metrics) if svg]
-    page = _environment().get_template("report.html.jinja")
+    """Write `folder`/report.html from `story` (what run.json holds) and the folder's metrics.jsonl and final.jsonl.
+
+    Every field of `story` may be missing: runs of earlier versions and runs that failed have fewer.
+    """
+    template, scores = story.get("template") or {}, scores_of(story)
+    missed = missed_rows(folder / "final.jsonl", template.get("verbalizer"))
+    charts = charts_of(story, read_metrics(folder / "metrics.jsonl"))
+    count = final_rows(story)
     told = {
         "story": story,
-        "charts": charts,
-        "scores": _scores(story),
-        "facts": _facts(story),
-        "data": _data(story),
-        "lengths": Markup(_lengths(story)),
+        "title": _title(story),
+        "subtitle": _subtitle(story),
+        "links": _links(folder, story),
+        "verdict": verdict(story),
+        "notices": _notices(story),
+        "scores": scores,
+        "has_intervals": any(score.interval or score.base_interval for score in scores),
+        "rows_scored": "held-out rows" if count is None else f"{number(count)} held-out rows",
+        "charts": [(title, Markup(svg)) for title, svg in charts],
         "confusions": _confusions(story),
-        "config": sorted((k, _shown(v)) for k, v in story.get("config", {}).items() if v not in (None, {}, "")),
+        "by_label": by_label(story),
+        "samples": [_sample(each, template) for each in story.get("samples") or []],
+        "missed": missed,
+        "orders": BY_CHANCE if missed is not None and missed.labelled else BY_LOSS,
+        "facts": cost_facts(story),
+        "memory_words": memory_words(story),
+        "data": data_facts(story),
+        "lengths": Markup(lengths_chart(story)),
+        "config": _config(story),
+        "command": [shlex.quote(part) for part in command_parts(story)],
     }
     path = folder / "report.html"
-    write_text(path, page.render(told))
+    write_text(path, printable(_environment().get_template("report.html.jinja").render(told)))
     return path
 
 
@@ -44,134 +73,76 @@ def _environment() -> Environment:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = _number
+    environment.filters |= {"number": number, "breakable": breakable}
     return environment
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+def _title(story: Mapping[str, Any]) -> str:
+    config = story.get("config") or {}
+    method = story.get("method") or config.get("method") or "Training"
+    return f"{method} on {named(str(config['base'])).short}" if config.get("base") else str(method)
 
 
-def _charts(story: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    best, metric = story.get("best_step"), story.get("metric", "loss")
-    held = [line for line in metrics if "heldout" in line]
-    mark = (best, "best") if held and best is not None else None
-    loss = _points(metrics, "loss")
-    curves = [Line("training loss, a step", loss, "--blue", faint=True), Line("smoothed", _smooth(loss), "--blue")]
-    points = [(line["step"], line["heldout"].get("loss")) for line in held]
-    curves.append(Line("held-out loss", points, "--orange", dots=True))
-    made = [("Learning", lines("loss by step", curves, mark=mark))]
-    if metric != "loss":
-        points = [(line["step"], line["heldout"].get(metric)) for line in held]
-        made.append((f"Held-out {metric}", lines(metric, [Line(metric, points, "--orange", dots=True)], mark=mark)))
-    made.append(("Speed", lines("tokens a second by step", [Line("tokens a second", _speeds(metrics), "--green")])))
-    made.append(("Memory", lines("memory by step", _memory(story, metrics))))
-    made.append(("Learning rate", lines("rate by step", [Line("learning rate", _points(metrics, "lr"), "--blue")])))
-    norms = [Line("norm of the gradient, before clipping", _points(metrics, "norm"), "--blue")]
-    return [*made, ("Gradient", lines("norm by step", norms))]
+def _subtitle(story: Mapping[str, Any]) -> list[Markup | str]:
+    config, steps, best = story.get("config") or {}, story.get("steps"), story.get("best_step")
+    parts: list[Markup | str] = [str(story["status"])] if story.get("status") else []
+    if best:
+        parts.append(f"best at step {number(best)}" + (f" of {number(steps)}" if steps else ""))
+    if config.get("base"):
+        parts.append(breakable(named(str(config["base"])).name))
+    return parts + [breakable(Path(str(file)).name) for file in config.get("data") or []]
 
 
-def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+def _links(folder: Path, story: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What lies beside the page; run.json is written after it."""
+    names = {"adapter": "adapter/", "card": "adapter/README.md", "metrics.jsonl": "metrics.jsonl"}
+    names["final.jsonl"] = "final.jsonl"
+    there = [(name, target) for name, target in names.items() if (folder / target).exists()]
+    return [*there, ("run.json", "run.json")]
 
 
-def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The exponential mean over about a twentieth of the points."""
-    if len(points) < 8:
-        return []
-    weight, mean, made = min(0.5, 20 / len(points)), None, []
-    for x, y in points:
-        mean = y if mean is None else mean + weight * (y - mean)
-        made.append((x, mean))
-    return made
+def _notices(story: Mapping[str, Any]) -> list[str]:
+    backed_off = (story.get("memory") or {}).get("backed_off") or []
+    return [*map(str, story.get("notices") or [])] + [
+        f"{step.get('why', 'memory')} at {step.get('where', '?')}: {number(step.get('to'))} tokens at once in place of "
+        f"{number(step.get('from'))}; the gradients stay the same."
+        for step in backed_off
+    ]
 
 
-def _speeds(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    points = []
-    for before, now in itertools.pairwise(metrics):
-        seconds = now["seconds"] - before["seconds"]
-        if seconds > 0:
-            points.append((now["step"], (now["tokens"] - before["tokens"]) / seconds))
-    return thinned(points, 120)
+def _sample(sample: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
+    prompt, verbalizer = str(sample.get("prompt") or ""), template.get("verbalizer")
+    lines = []
+    for who in ("base", "adapter"):
+        label, words = sample.get(f"{who}_label"), str(sample.get(who) or "")
+        chance = sample.get(f"{who}_probability")
+        shown = "" if label is None else label_text(label, verbalizer)
+        lines.append((who, shown, "" if chance is None else score_text(chance), words))
+    return {
+        "prompt": cut_front(prompt, SHOWN),
+        "whole": cut_front(prompt, WHOLE) if len(prompt) > SHOWN else "",
+        "answer": str(sample.get("answer") or ""),
+        "lines": lines,
+    }
 
 
-def _memory(story: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Line]:
-    curves = [Line("now (MB)", _points(metrics, "memory_mb"), "--green")]
-    curves.append(Line("peak (MB)", _points(metrics, "peak_memory_mb"), "--orange"))
-    curves.append(Line("GPU (MB)", _points(metrics, "gpu_memory_mb"), "--blue"))
-    steps = [line["step"] for line in metrics]
-    estimate, peak = story.get("memory", {}).get("estimate_mb"), max([y for _, y in curves[1].points], default=0)
-    limit = story.get("memory", {}).get("limit_mb")
-    if steps and estimate:
-        curves.append(Line("estimate", [(steps[0], estimate), (steps[-1], estimate)], "--grey", dashed=True))
-    if steps and limit and limit < 3 * max(peak, estimate or 0):
-        curves.append(Line("limit", [(steps[0], limit), (steps[-1], limit)], "--red", dashed=True))
-    return curves
-
-
-def _scores(story: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:
-    """Metric, base's and adapter's value; the one that chose the best adapter first, but accuracy before it."""
-    held, base = story.get("heldout", {}), story.get("heldout_base", {})
-    order = sorted(held, key=lambda name: (name != "accuracy", name != story.get("metric")))
-    return [(name, base.get(name), held[name]) for name in order]
-
-
-def _facts(story: Mapping[str, Any]) -> list[tuple[str, str]]:
-    cost, memory = story.get("cost", {}), story.get("memory", {})
-    made: list[tuple[str, str]] = []
-
-    def add(name: str, value: Any, unit: str = "") -> None:
-        if value is not None:
-            made.append((name, f"{_number(value)}{unit}"))
-
-    add("Steps", story.get("steps"))
-    add("Tokens", story.get("tokens"))
-    add("Training time", story.get("seconds"), " s")
-    add("Tokens a second", story.get("tokens_per_second"))
-    add("Peak memory", story.get("peak_memory_mb"), " MB")
-    add("Peak GPU memory", story.get("peak_gpu_memory_mb"), " MB")
-    add("Estimated before", memory.get("estimate_mb"), " MB")
-    add("Trained parameters", cost.get("trainable_parameters"))
-    if cost.get("base_parameters"):
-        add("Share of the base", 100 * cost["trainable_parameters"] / cost["base_parameters"], " %")
-    add("Size on disk", None if cost.get("file_bytes") is None else cost["file_bytes"] / 2**20, " MB")
-    add("Tokens added to each row", cost.get("virtual_tokens"))
-    add("Prefix keys in each layer", cost.get("prefix_tokens"))
-    return made
-
-
-def _data(story: Mapping[str, Any]) -> list[tuple[str, str]]:
-    data = story.get("data", {})
-    names = {"rows": "rows", "heldout_rows": "held-out rows", "duplicates": "rows that stand there more than once"}
-    names["heldout_in_training"] = "held-out rows that are trained on too"
-    made = [(label, _number(data[key])) for key, label in names.items() if data.get(key) is not None]
-    counts = {k: v for k, v in story.get("rows", {}).items() if k != "rows" and v}
-    made += [(f"rows {reason}", _number(count)) for reason, count in counts.items()]
-    made += [(f"rows labelled {label}", _number(count)) for label, count in list(data.get("labels", {}).items())[:20]]
-    if "lengths" in data:
-        made += [("tokens in a row, mean", _number(data["lengths"]["mean"]))]
-        made += [("tokens in the longest row", _number(data["lengths"]["longest"]))]
-    return made
-
-
-def _lengths(story: Mapping[str, Any]) -> str:
-    found = story.get("data", {}).get("lengths")
-    return bars("rows by length", found["edges"], found["counts"], "tokens in a row") if found else ""
+def _config(story: Mapping[str, Any]) -> list[tuple[str, str]]:
+    config = sorted((story.get("config") or {}).items())
+    shown = [(name, _shown(value)) for name, value in config if name != "argv" and value not in (None, {}, [], "")]
+    return shown + [(name, str(version)) for name, version in (story.get("versions") or {}).items()]
 
 
 def _confusions(story: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Tables with the share of each cell in its row, for shading; those of many labels would not be read."""
-    told = story.get("confusion", {})
-    if not told or len(told["labels"]) > 30:
+    told, verbalizer = story.get("confusion") or {}, (story.get("template") or {}).get("verbalizer")
+    labels = [label_text(label, verbalizer) for label in told.get("labels") or []]
+    if not labels or len(labels) > LABELS:
         return []
     made = []
     for name in ("base", "adapter"):
-        if name in told:
+        if told.get(name):
             rows = [[(n, n / (sum(row) or 1)) for n in row] for row in told[name]]
-            made.append({"name": name, "labels": told["labels"], "rows": list(zip(told["labels"], rows, strict=True))})
+            made.append({"name": name, "labels": labels, "rows": list(zip(labels, rows, strict=False))})
     return made
 
 
@@ -179,11 +150,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{k}={v}" for k, v in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _number(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)

@@ -11,15 +11,16 @@ from inlay.errors import UsageError
 from .find import Structure
 from .site import Site
 
-__all__ = ["GROUPS", "Targets", "parse_layers", "select_projections"]
+__all__ = ["GROUPS", "Targets", "check_pattern", "parse_layers", "select_projections"]
 
 Targets = str | Sequence[str]
+Layers = str | int | Sequence[int] | None
 
 GROUPS = ("all-linear", "attention", "mlp", "qv", "qkv")
 """Named groups. `qv` and `qkv` take the fused projection where q, k and v are one weight."""
 
 
-def select_projections(base: Structure, targets: Targets, layers: str | Sequence[int] | None = None) -> list[Site]:
+def select_projections(base: Structure, targets: Targets, layers: Layers = None) -> list[Site]:
     """The projections and embeddings that `targets` name.
 
     `targets` is a group, a module name (matched as the last components of a path), a regular expression over the
@@ -43,8 +44,18 @@ def select_projections(base: Structure, targets: Targets, layers: str | Sequence
     return sorted(chosen.values(), key=lambda s: order[s.path])
 
 
-def parse_layers(layers: str | Sequence[int], count: int) -> set[int]:
-    """Layer numbers from "8-11", "0,3,5-7", "last 4", "first 2" or a list; negative numbers count from the end."""
+def check_pattern(pattern: str, what: str) -> None:
+    """Raises: UsageError where `pattern` is no regular expression; `what` says whose it is."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"{what} holds {pattern!r}, which is no regular expression ({error})", "Mend it.") from None
+
+
+def parse_layers(layers: str | int | Sequence[int], count: int) -> set[int]:
+    """Layer numbers from 5, "8-11", "0,3,5-7", "last 4", "first 2" or a list; negative ones count from the end."""
+    if isinstance(layers, int):
+        layers = [layers]
     if not isinstance(layers, str):
         numbers = {int(n) + (count if int(n) < 0 else 0) for n in layers}
     elif ends := re.fullmatch(r"\s*(last|first)\s+(\d+)\s*", layers):

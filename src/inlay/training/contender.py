@@ -22,9 +22,16 @@ from .schedules import rates
 
 __all__ = ["Contender"]
 
+COUNTS = ("step", "sound", "tokens", "stopped", "cause", "suspects", "loss", "norm", "rate")
+"""What a checkpoint holds of a contender beside its tensors."""
+
 
 class Contender:
-    """The state of one adapter in training: optimizer, schedule, sampler, counts, and why it stopped."""
+    """The state of one adapter in training: optimizer, schedule, sampler, counts, and why it stopped.
+
+    `rate` is the learning rate of the step that was taken last, `sound` the step whose parameters it has: `step`, or an
+    earlier one where it diverged.
+    """
 
     def __init__(self, plan: Plan, adapter: Adapter, rows: int) -> None:
         self.plan, self.adapter = plan, adapter
@@ -33,13 +40,19 @@ class Contender:
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self.batches = -(-rows // plan.batch_size)
         self.total = plan.steps or max(1, round(plan.epochs * self.batches))
-        self.optimizer = make_optimizer(plan.optimizer, groups, plan.lr, plan.weight_decay)
+        self.optimizer = make_optimizer(plan.optimizer, groups, plan.rate, plan.weight_decay)
         self.schedule = self._schedule()
         self.rows, self.step, self.tokens = rows, 0, 0
         self.stopped = ""
+        self.sound = 0
         self.suspects: list[int] = []
+        self.cause = ""
         self.loss = float("nan")
         self.norm = float("nan")
+        self.rate = plan.rate
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._before: list[Tensor] = []
+        self._before_step = 0
 
     @property
     def live(self) -> bool:
@@ -56,7 +69,7 @@ class Contender:
             for key, parameter in values.items():
                 rate = self.plan.method.rate(self.adapter.sites.get(path), key)
                 groups.setdefault(rate, {})[path, key] = parameter
-        rates = [self.plan.lr * rate for rate in groups]
+        rates = [self.plan.rate * rate for rate in groups]
         if self.plan.optimizer not in ELEMENTWISE:
             return [{"params": [*own.values()], "lr": lr} for own, lr in zip(groups.values(), rates, strict=True)]
         self.flats = [Flat(own) for own in groups.values()]
@@ -69,13 +82,15 @@ class Contender:
     def batch(self, examples: Sequence[Example]) -> list[Example]:
         """The rows of the next step: each pass is a permutation drawn from the contender's own seed."""
         epoch, number = divmod(self.step, self.batches)
-        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.rows, generator=generator).tolist()
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(self.rows, generator=generator)
         size = self.plan.batch_size
-        return [examples[i] for i in order[number * size : (number + 1) * size]]
+        return [examples[i] for i in self._order[1][number * size : (number + 1) * size].tolist()]
 
     def update(self, loss: float, tokens: int, suspects: Sequence[int] = ()) -> None:
-        """Take the step that the gradients say; a loss or gradient that is no number stops this contender alone.
+        """Take the step that the gradients say; a loss, gradient or parameter that is no number stops this contender
+        alone, with the parameters from before the update that made it so.
 
         `suspects` are the samples whose own loss is none.
         """
@@ -83,21 +98,49 @@ class Contender:
         norm = float(total)
         self.loss, self.norm = loss, norm
         if not math.isfinite(norm) or not math.isfinite(loss):
-            self.stopped = f"diverged at step {self.step + 1}"
-            self.suspects = list(suspects)
-            self.forget_gradients()
+            self.diverge("the loss or its gradient is no number", self.step + 1, suspects)
             return
         if norm > self.plan.clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.plan.clip, total)
+        self._remember()
+        self.rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
+        if not math.isfinite(float(nn.utils.get_total_norm([p.detach() for p in self.parameters]))):
+            self.diverge("the update took the parameters beyond all bounds", self.step + 1)
+            return
         self.schedule.step()
         self.forget_gradients()
         self.step += 1
+        self.sound += 1
         self.tokens += tokens
         if self.step >= self.total:
             self.stopped = "done"
         elif self.plan.stop_after is not None and self.step >= self.plan.stop_after:
             self.stopped = "stopped early"
+
+    @torch.no_grad()
+    def diverge(self, cause: str, step: int, suspects: Sequence[int] = ()) -> None:
+        """Stop at `step` and take the last update back: what is kept has only ever given losses that are numbers."""
+        self.stopped, self.cause, self.suspects = f"diverged at step {step}", cause, list(suspects)
+        self.forget_gradients()
+        if self._before:
+            held = self._held()
+            # A schedule-free optimizer that began with the update taken back began with the parameters themselves.
+            torch._foreach_copy_(held, self._before * (len(held) // len(self._before)))  # pyright: ignore
+            self.sound = self._before_step
+
+    def _held(self) -> list[Tensor]:
+        """What an update changes and the adapter's use depends on: parameters, and schedule-free optimizers' own."""
+        states = self.optimizer.state.values()
+        return [*(p.detach() for p in self.parameters), *(state["z"] for state in states if "z" in state)]
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        held = self._held()
+        if len(self._before) != len(held):  # at first, and when the optimizer has begun
+            self._before = [torch.empty_like(value) for value in held]
+        torch._foreach_copy_(self._before, held)  # pyright: ignore
+        self._before_step = self.step
 
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -141,19 +184,29 @@ class Contender:
             parameter.copy_(values[name])
 
     def state(self) -> dict[str, Any]:
-        counts = {"step": self.step, "tokens": self.tokens, "stopped": self.stopped, "suspects": self.suspects}
         return {
             "parameters": self.values(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "loss": self.loss,
-            "norm": self.norm,
-            **counts,
+            "before": self._before,
+            "before_step": self._before_step,
+            **{name: getattr(self, name) for name in COUNTS},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; a plan of more steps than before goes on with the schedule of its own total."""
         self.put(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        for name in ("step", "tokens", "stopped", "suspects", "loss", "norm"):
+        self._before, self._before_step = list(state["before"]), state["before_step"]
+        for name in COUNTS:
             setattr(self, name, state[name])
+
+    def extend(self) -> None:
+        """Take up a restored run that had ended: its rate is what this plan's schedule says at its step."""
+        self.stopped = ""
+        for group, base, rate in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * rate(self.step)
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]

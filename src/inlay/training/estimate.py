@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from inlay.bank.bank import Bank
 from inlay.data.encode import Example
+from inlay.data.prepare import token_counts
 
 from .contender import Contender
 from .forward import Segment, token_losses
@@ -25,17 +27,18 @@ def estimate_mb(bank: Bank, contender: Contender, examples: Sequence[Example], r
     """`estimate_mb` for steps as they will be, and `least_mb` where each forward takes one row; cuts `room` to it.
 
     One row runs forward, and what it keeps for its backward is counted; the largest step keeps that much a token. The
-    adapter's gradients and two moments of its optimizer come on top of what is in use now.
+    adapter's gradients, two moments of its optimizer and a copy from before each step come on top of what is in use.
     """
-    longest = max(len(example.ids) for example in examples)
-    tried = max((e for e in examples if len(e.ids) <= LONGEST), key=lambda e: len(e.ids), default=examples[0])
+    sizes = token_counts(examples)
+    longest = int(sizes.max())
+    tried = examples[int(np.where(sizes <= LONGEST, sizes, 0).argmax())]
     with torch.enable_grad():
         segment = [Segment(contender.plan.name, tried)]
         kept = saved_bytes(bank.model, lambda: token_losses(bank, segment, 0)[0])
     a_token = kept / len(tried.ids)
-    sizes = sorted((len(example.ids) for example in examples), reverse=True)
-    most = min(sum(sizes[: contender.plan.batch_size]), max(room.tokens, longest))
-    states = 3 * sum(p.numel() * p.element_size() for p in contender.parameters)
+    rows = min(contender.plan.batch_size, len(sizes))
+    most = min(int(np.partition(sizes, -rows)[-rows:].sum()), max(room.tokens, longest))
+    states = 4 * sum(p.numel() * p.element_size() for p in contender.parameters)
     fixed = current_memory_mb(room.device) + states / MB + (KERNELS_MB if room.device.type == "cpu" else 0)
     room.fit(fixed, a_token / MB, longest)
     most = min(most, max(room.tokens, longest))

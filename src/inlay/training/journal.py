@@ -18,7 +18,8 @@ class Journal:
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
-        self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+        # Unbuffered: what a full disk has refused must not be tried again when the file is closed.
+        self._file = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
         self._file.truncate(min(size, path.stat().st_size))
         self._size = self._file.seek(0, os.SEEK_END)
         self._waiting = b""
@@ -43,9 +44,10 @@ class Journal:
 
     def _flush(self) -> None:
         self._file.seek(self._size)
-        self._file.write(self._waiting)
-        self._file.flush()
-        self._size += len(self._waiting)
+        written = 0
+        while written < len(self._waiting):
+            written += self._file.write(self._waiting[written:])
+        self._size += written
         self._waiting = b""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor
 
+from inlay.bank.adapter import Adapter
 from inlay.bank.bank import Bank
 from inlay.data.encode import Example
 
@@ -20,6 +21,9 @@ from .plan import Plan
 __all__ = ["enter", "go_on", "train"]
 
 OnStep = Callable[[list[Contender]], None]
+
+TRIED = 4
+"""Rows of the last step, its shortest, that the finished adapter is tried on."""
 
 
 def train(
@@ -42,11 +46,17 @@ def train(
     return contenders
 
 
-def enter(bank: Bank, plans: Sequence[Plan], rows: int) -> list[Contender]:
-    """Add an adapter for each plan. Raises: UsageError where the base or a method cannot be trained so."""
+def enter(bank: Bank, plans: Sequence[Plan], rows: int, begun: Mapping[str, Adapter] | None = None) -> list[Contender]:
+    """Add an adapter for each plan, but those that have `begun`: they go on with the values they have.
+
+    Raises: UsageError where the base or a method cannot be trained so.
+    """
     bound_kernels(len({repr(plan.method) for plan in plans}))
     check_trainable(bank)
-    adapters = [bank.add(plan.name, plan.method, seed=plan.seed) for plan in plans]
+    known = begun or {}
+    adapters = [known.get(plan.name) or bank.add(plan.name, plan.method, seed=plan.seed) for plan in plans]
+    for plan, adapter in zip(plans, adapters, strict=True):
+        adapter.seed = plan.seed
     return [Contender(plan, adapter, rows) for plan, adapter in zip(plans, adapters, strict=True)]
 
 
@@ -83,6 +93,22 @@ def _step(bank: Bank, live: list[Contender], examples: Sequence[Example], room: 
     for contender in live:
         name = contender.plan.name
         contender.update(sums[name], sum(len(e.ids) for e in drawn[name]), suspects[name])
+        if not contender.live and not contender.diverged:
+            _check_end(bank, contender, drawn[name], room)
+
+
+@torch.no_grad()
+def _check_end(bank: Bank, contender: Contender, batch: list[Example], room: Room) -> None:
+    """A last update that no further step would notice: whether the adapter still gives losses that are numbers."""
+    tried = sorted(batch, key=lambda example: len(example.ids))[:TRIED]
+    with contender.averaged():
+        for group in batches([Segment(contender.plan.name, example) for example in tried], room):
+            losses = within(room, "the last step", lambda group=group: token_losses(bank, group))
+            if not all(bool(own.isfinite().all()) for own in losses):
+                break
+        else:
+            return
+    contender.diverge("the last update makes losses that are no numbers", contender.step, [e.sample for e in tried])
 
 
 def _gradients(

@@ -17,13 +17,14 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import InlayError, UsageError
+from inlay.errors import InlayError
+
+from .sizes import size_mb
 
 __all__ = ["Room", "bound_kernels", "current_memory_mb", "parse_size", "peak_memory_mb", "saved_bytes", "within"]
 
 T = TypeVar("T")
 MB = 2**20
-UNITS = {"": 1, "k": 2**10, "m": MB, "g": 2**30, "t": 2**40}
 NEAR = 0.97
 """The share of the limit at which work is cut smaller."""
 BACKWARD = 1.2
@@ -147,7 +148,7 @@ def peak_memory_mb() -> float:
 
 
 def parse_size(text: str | None) -> float | None:
-    """ "4GB", "900MB" or a number of bytes in MiB; None for none, and what the machine has to give for "auto".
+    """ "4GB" or "900MB" in MiB; None for none, and what the machine has to give for "auto".
 
     Raises: UsageError.
     """
@@ -155,10 +156,7 @@ def parse_size(text: str | None) -> float | None:
         return None
     if text == "auto":
         return _available_mb()
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
-    if found is None or not float(found[1]):
-        raise UsageError(f"memory limit {text!r} cannot be read", "Write 4GB or 900MB.")
-    return float(found[1]) * UNITS[found[2]] / MB
+    return size_mb(text)
 
 
 def _available_mb() -> float:

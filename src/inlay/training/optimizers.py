@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from inlay.errors import InlayError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ELEMENTWISE", "OPTIMIZERS", "make_optimizer"]
 
 Groups = Sequence[dict[str, Any]]
-Make = Callable[[Groups, float, float], torch.optim.Optimizer]
+Make = Callable[[Groups, float, float], "torch.optim.Optimizer"]
 
 
 def _adamw(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+    from torch.optim import AdamW
+
+    return AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def _sgd(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay, momentum=0.9)
+    from torch.optim import SGD
+
+    return SGD(groups, lr=lr, weight_decay=weight_decay, momentum=0.9)
 
 
 def _adafactor(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay)
+    from torch.optim import Adafactor
+
+    return Adafactor(groups, lr=lr, weight_decay=weight_decay)
 
 
 def _lion(groups: Groups, lr: float, weight_decay: float) -> torch.optim.Optimizer:

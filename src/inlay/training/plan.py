@@ -3,52 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any
 
-from inlay.errors import UsageError
-from inlay.methods.contract import Method
+from annotated_types import Le
 
+from inlay.values import Checked, Count, Help, NonNegative, OneOf, Positive, Seed, Share
+
+from .optimizers import OPTIMIZERS
 from .schedules import SCHEDULES
 
-__all__ = ["Plan"]
+__all__ = ["COURSE", "Course", "Plan"]
+
+COURSE = "Course of training"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course(Checked):
+    """The settings of an adapter's training, whatever its method and its rows.
+
+    NEFTune is arXiv:2310.05914.
+    """
+
+    epochs: Annotated[Positive, Le(1e6), Help("passes over the rows", COURSE)] = 1.0
+    steps: Annotated[Count | None, Help("optimizer steps, in place of epochs", COURSE)] = None
+    batch_size: Annotated[Count, Help("rows per optimizer step", COURSE)] = 16
+    lr: Annotated[Positive | None, Help("learning rate; the method's own where unset (`inlay methods`)", COURSE)] = None
+    schedule: Annotated[
+        str | None,
+        OneOf(tuple(SCHEDULES), "schedule"),
+        Help("how the rate goes down; linear, but constant for schedule-free optimizers", COURSE),
+    ] = None
+    warmup: Annotated[Share, Help("share of the steps over which the rate grows", COURSE)] = 0.0
+    optimizer: Annotated[str, OneOf(tuple(OPTIMIZERS), "optimizer"), Help("what takes the steps", COURSE)] = "adamw"
+    weight_decay: Annotated[NonNegative, Help("the optimizer's weight decay", COURSE)] = 0.0
+    clip: Annotated[Positive, Help("largest norm of the adapter's gradient", COURSE)] = 1.0
+    neftune_alpha: Annotated[NonNegative, Help("noise on embeddings; 5 is usual", COURSE)] = 0.0
+    label_smoothing: Annotated[Share, Help("share of each target spread over the vocabulary", COURSE)] = 0.0
+    seed: Annotated[Seed, Help("start, order of rows and dropout", COURSE)] = 0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How an adapter is trained: `batch_size` rows an optimizer step, for `steps` steps or `epochs` passes.
-
-    The learning rate `lr` grows over the share `warmup` of the steps and then follows `schedule` (linear, cosine,
-    constant; linear where None, constant for schedule-free optimizers); `clip` bounds the norm of its gradient;
-    `neftune_alpha` shakes embeddings (arXiv:2310.05914), `label_smoothing` spreads that share of each target over the
-    vocabulary; `stop_after` ends it early without changing its schedule.
+class Plan(Course):
+    """A course for the adapter `name` of `method` (a `Method`); `stop_after` so many steps it ends early, without a
+    change to its schedule.
     """
 
     name: str
-    method: Method
-    lr: float = 1e-3
-    batch_size: int = 16
-    epochs: float = 1.0
-    steps: int | None = None
-    warmup: float = 0.0
-    schedule: str | None = None
-    optimizer: str = "adamw"
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    neftune_alpha: float = 0.0
-    label_smoothing: float = 0.0
-    seed: int = 0
-    stop_after: int | None = None
+    method: Any
+    stop_after: Count | None = None
 
-    def __post_init__(self) -> None:
-        if self.schedule not in (None, *SCHEDULES):
-            raise UsageError(f"schedule {self.schedule!r} is not known", "Choose linear, cosine or constant.")
-        for name in ("lr", "batch_size", "epochs", "clip"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} is {getattr(self, name)}", "Give a number above 0.")
-        for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}", "Give a share from 0 to below 1.")
-        for name in ("weight_decay", "neftune_alpha"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"{name} is {getattr(self, name)}", "Give 0 or more.")
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"steps is {self.steps}", "Give 1 or more.")
+    @property
+    def rate(self) -> float:
+        """The learning rate: the method's own where none was given."""
+        return type(self.method).lr if self.lr is None else self.lr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,10 +11,9 @@ from typing import Any
 import torch
 
 from inlay.bank.bank import Bank
-from inlay.data.encode import Encoder, Example
-from inlay.data.table import Row
+from inlay.data.encode import Example
 from inlay.errors import FormatError
-from inlay.evaluation.score import judge
+from inlay.evaluation.score import Items, score
 
 from .checkpoint import Checkpoints
 from .contender import Contender
@@ -21,6 +21,7 @@ from .folder import RunFolder
 from .journal import Journal
 from .loop import go_on
 from .memory import Room, current_memory_mb, peak_memory_mb
+from .peaks import Peaks
 from .signals import Asked, asked_to_stop
 from .trackers import Tracker
 from .watch import Watch
@@ -36,24 +37,26 @@ OnStep = Callable[[Contender, int], None]
 class Session:
     """One contender, what is known of it, and its folder.
 
-    `seen` are the rows held out that it is scored on while it trains, every `eval_every` steps. `kept` writes an
-    adapter to a folder.
+    `seen` are the rows that it is scored on while it trains, every `eval_every` steps; they choose the best. `kept`
+    writes an adapter to a folder.
     """
 
     def __init__(
-        self, bank: Bank, contender: Contender, watch: Watch, encoder: Encoder, examples: Sequence[Example],
-        seen: Sequence[Row], room: Room, folder: RunFolder, kept: Callable[[Path], None], eval_every: int,
+        self, bank: Bank, contender: Contender, watch: Watch, examples: Sequence[Example], seen: Items,
+        room: Room, folder: RunFolder, kept: Callable[[Path], None], eval_every: int,
         checkpoint_every: int | None, keep: int, say: Callable[[str], None], tracker: Tracker, start: float,
     ) -> None:  # fmt: skip
-        self.bank, self.contender, self.watch, self.encoder = bank, contender, watch, encoder
+        self.bank, self.contender, self.watch = bank, contender, watch
         self.examples, self.seen, self.room, self.folder = examples, seen, room, folder
         self._kept, self.eval_every, self.checkpoint_every = kept, eval_every, checkpoint_every
         self.checkpoints = Checkpoints(folder.checkpoints, keep)
         self.say, self.tracker = say, tracker
         self.notices: list[str] = []
         self.interrupted = False
+        self.begun = False
+        self.peaks = Peaks(room.device)
         self._journal: Journal | None = None
-        self._before, self._losses = 0.0, [0.0, 0.0]
+        self._before, self._losses, self._tokens = 0.0, [0.0, 0.0], 0
         self._since = time.perf_counter()
         self._start, self.evaluating = start, 0.0
 
@@ -64,8 +67,11 @@ class Session:
 
     # ---- going on
 
-    def resume(self, fingerprint: str) -> bool:
-        """Take up the newest whole checkpoint; False where there is none. Raises: FormatError."""
+    def resume(self, fingerprint: str, extend: bool = False) -> bool:
+        """Take up the newest whole checkpoint, to `extend` a run that has ended; False where there is none.
+
+        Raises: FormatError.
+        """
         state = self.checkpoints.newest(self.say)
         if state is None:
             return False
@@ -75,6 +81,8 @@ class Session:
             self.say(f"going on with {state['threads']} threads, as before")
             torch.set_num_threads(state["threads"])
         self.contender.restore(state["contender"])
+        if extend:
+            self.contender.extend()
         self.watch.restore(state["watch"])
         self.room.tokens, self.room.backed_off = state["tokens_at_once"], state["backed_off"]
         self.notices, self._before, self._losses = state["notices"], state["seconds"], state["losses"]
@@ -104,6 +112,8 @@ class Session:
         """Train until the contender stops or somebody asks to; `interrupted` says which."""
         if self._journal is None:
             self._journal = Journal(self.folder.metrics)
+        self._tokens = self.contender.tokens
+        self.peaks.note("loading")
         try:
             with asked_to_stop() as asked:
                 if self.contender.live:
@@ -118,6 +128,7 @@ class Session:
     def _stepped(self, asked: Asked, on_step: OnStep | None) -> Callable[[list[Contender]], None]:
         def after(contenders: list[Contender]) -> None:
             contender = self.contender
+            self.begun = True
             self._measure()
             if on_step is not None:
                 on_step(contender, contender.total)
@@ -134,9 +145,11 @@ class Session:
         contender, device = self.contender, self.room.device
         if contender.diverged:
             return
+        self.peaks.note("steps", contender.tokens - self._tokens)
+        self._tokens = contender.tokens
         self._losses = [self._losses[0] + contender.loss, self._losses[1] + 1]
         line: dict[str, Any] = {"step": contender.step, "loss": contender.loss, "tokens": contender.tokens}
-        line |= {"norm": contender.norm, "lr": contender.schedule.get_last_lr()[0], "seconds": self.seconds}
+        line |= {"norm": contender.norm, "lr": contender.rate, "seconds": self.seconds}
         line |= {"memory_mb": current_memory_mb(), "peak_memory_mb": peak_memory_mb()}
         if device.type == "cuda":
             line |= {"gpu_memory_mb": current_memory_mb(device)}
@@ -150,22 +163,32 @@ class Session:
     def _evaluate(self) -> dict[str, float]:
         contender, watch, begun = self.contender, self.watch, time.perf_counter()
         with contender.averaged():
-            found = judge(self.bank, self.encoder, self.seen, [contender.plan.name], self.room)
-            scores = found[contender.plan.name].scores
+            name = contender.plan.name
+            judged = score(self.bank, self.seen, [name], self.room)[name]
             mean = self._losses[0] / max(self._losses[1], 1)
-            if watch.note(contender.step, mean, scores, contender.values()):
-                self._kept(self.folder.adapter)
+            if watch.note(contender.step, mean, judged, contender.values()):
+                self._keep_best()
+        if not contender.live and not math.isfinite(judged.scores["loss"]):
+            contender.diverge("the held-out loss is no number", contender.step)
         self._losses = [0.0, 0.0]
         self.evaluating += time.perf_counter() - begun
+        self.peaks.note("scoring")
         if advice := watch.overfitting():
             self.notices.append(advice)
             self.say(advice)
         if watch.stale and contender.live:
             contender.stopped = "stopped early"
             self.say(f"stopped early: {watch.metric} has not been better since step {watch.best_step}")
-        return scores
+        return judged.scores
 
     # ---- checkpoints
+
+    def _keep_best(self) -> None:
+        """Write the adapter that is the best so far; where the disk has no room, the checkpoints still hold it."""
+        try:
+            self._kept(self.folder.adapter)
+        except OSError as error:
+            self.say(f"the best adapter is not written yet ({error.strerror or error}); training goes on")
 
     def _due(self, asked: Asked) -> bool:
         if asked.yes:
@@ -181,10 +204,12 @@ class Session:
         try:
             size = self._journal.kept()
             self.checkpoints.write(self.contender.step, self.state(size, self.bank.fingerprint))
-            if not self.seen:
-                self._kept(self.folder.adapter)
         except OSError as error:
-            self.say(f"no checkpoint at step {self.contender.step} ({error.strerror or error}); the one before stays")
+            stays = "the one before stays" if self.checkpoints.files() else "there is none yet"
+            self.say(f"no checkpoint at step {self.contender.step} ({error.strerror or error}); {stays}")
+            return
+        if not len(self.seen):
+            self._keep_best()
 
 
 class _Enough(Exception):

@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from inlay.evaluation.compare import HIGHER
+from inlay.evaluation.intervals import FEW, mean_interval
+from inlay.evaluation.score import Judged
 
 __all__ = ["Watch"]
 
-HIGHER = ("accuracy", "f1", "exact_match")
-"""Metrics of which more is better; of the others, less is."""
+KEPT = ("scores", "best_step", "best", "overfits", "lowest", "latest")
+"""What a checkpoint holds of it."""
 RISE = 0.02
 """By which share held-out loss stands above its lowest when an adapter is said to overfit."""
 
@@ -21,7 +26,8 @@ RISE = 0.02
 class Watch:
     """Held-out scores of one adapter over its steps, and the parameters at the best of them by `metric`.
 
-    After `patience` scores in a row that are not better than the best, it is `stale`.
+    After `patience` scores in a row that are not better than the best, it is `stale`. `lowest` and `latest` are the
+    losses (nats) and learned tokens of the rows, (2, rows) float64, where their loss was lowest and at the last score.
     """
 
     metric: str
@@ -30,12 +36,20 @@ class Watch:
     best_step: int | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
     overfits: bool = False
+    lowest: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
+    latest: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
 
-    def note(self, step: int, train_loss: float, scores: Mapping[str, float], values: dict[str, Tensor]) -> bool:
+    def note(self, step: int, train_loss: float, judged: Judged, values: dict[str, Tensor]) -> bool:
         """Take in the scores after `step`, where the steps since the last ones had the mean `train_loss`; returns
         whether they are the best so far, in which case `values` are kept.
         """
+        scores = judged.scores
         value = scores[self.metric]
+        self.latest = torch.stack(
+            [torch.tensor(own, dtype=torch.float64) for own in (judged.rows.nats, judged.rows.tokens)]
+        )
+        if scores["loss"] < min((line["loss"] for line in self._numbers()), default=math.inf):
+            self.lowest = self.latest
         better = math.isfinite(value) and (self.best_step is None or self._better(value, self.best_value))
         self.scores.append({"step": step, "train_loss": train_loss, **scores})
         if better:
@@ -53,27 +67,39 @@ class Watch:
         return sum(line["step"] > self.best_step for line in self.scores) >= self.patience
 
     def overfitting(self) -> str:
-        """A word of advice, once, when held-out loss rises while training loss falls."""
+        """A word of advice, once, when held-out loss rises beyond chance while training loss falls."""
         if self.overfits or len(self.scores) < 3:
             return ""
-        lowest = min(self.scores, key=lambda line: line["loss"])
+        lowest = min(self._numbers(), default=self.scores[0], key=lambda line: line["loss"])
         now, before = self.scores[-1], self.scores[-2]
         risen = now["loss"] > before["loss"] > lowest["loss"] or now["loss"] > (1 + 5 * RISE) * lowest["loss"]
         if not risen or now["loss"] < (1 + RISE) * lowest["loss"] or now["train_loss"] >= lowest["train_loss"]:
             return ""
+        if not self._beyond_chance():
+            return ""
         self.overfits = True
         return (
             f"overfitting: held-out loss has risen from {lowest['loss']:.3f} (step {lowest['step']}) to "
-            f"{now['loss']:.3f} (step {now['step']}) while training loss fell from {lowest['train_loss']:.3f} to "
-            f"{now['train_loss']:.3f}. Try dropout of 0.05 to 0.2, fewer epochs, a lower rank, or more rows; the "
-            f"adapter that is kept is the best one, not the last."
+            f"{now['loss']:.3f} (step {now['step']}) on {self.latest.shape[1]} rows, while training loss fell from "
+            f"{lowest['train_loss']:.3f} to {now['train_loss']:.3f}. Try dropout of 0.05 to 0.2, fewer epochs, a "
+            f"lower rank, or more rows; the adapter that is kept is the best one, not the last."
         )
 
+    def _numbers(self) -> list[dict[str, Any]]:
+        return [line for line in self.scores if math.isfinite(line["loss"])]
+
+    def _beyond_chance(self) -> bool:
+        """Whether the rows' losses are above those of the lowest score by more than chance (2.5 %, one-sided)."""
+        if self.lowest.shape != self.latest.shape or self.latest.shape[1] < FEW:
+            return False
+        found = mean_interval((self.latest[0] - self.lowest[0]).numpy(), self.latest[1].numpy())
+        return found is not None and found[0] > 0
+
     def state(self) -> dict[str, Any]:
-        return {"scores": self.scores, "best_step": self.best_step, "best": self.best, "overfits": self.overfits}
+        return {name: getattr(self, name) for name in KEPT}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        for name in ("scores", "best_step", "best", "overfits"):
+        for name in KEPT:
             setattr(self, name, state[name])
 
     def _better(self, value: float, than: float) -> bool:

@@ -1,0 +1,74 @@
+"""What an adapter makes of rows without answers: labels with probabilities, or text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from inlay.bank.bank import Bank
+from inlay.data.encode import Choices, Encoder
+from inlay.data.rows import Row
+from inlay.errors import DroppedRow, UsageError
+from inlay.training.memory import Room
+
+from .score import Items, score
+
+__all__ = ["Prediction", "predicted_labels", "predicted_texts"]
+
+Write = Callable[[Sequence[tuple[Sequence[int], int]]], list[str]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was said of one row: a label with the `probabilities` of all, or words; "" and the `problem` where none."""
+
+    said: str
+    probabilities: dict[str, float] | None = None
+    problem: str = ""
+
+
+def predicted_labels(
+    bank: Bank, encoder: Encoder, rows: Sequence[Row], adapter: str | None, room: Room
+) -> list[Prediction]:
+    """The likeliest label of each row, in the rows' order; a label that a row has is not looked at."""
+    stand_in = next(iter(encoder.template.verbalizer))
+    blank = [dataclasses.replace(row, values={**row.values, encoder.template.answer: stand_in}) for row in rows]
+    found = encoder.all_choices(blank)
+    items = [item for item in found if isinstance(item, Choices)]
+    labels = tuple(encoder.template.verbalizer)
+    judged = score(bank, Items(items, labels, Counter(rows=len(items))), [adapter], room)[adapter] if items else None
+    each = iter([] if judged is None or judged.rows.probabilities is None else judged.rows.probabilities.tolist())
+    made = []
+    for item in found:
+        if isinstance(item, DroppedRow):
+            made.append(Prediction("", None, item.reason))
+            continue
+        shares = dict(zip(labels, next(each), strict=True))
+        made.append(Prediction(max(shares, key=lambda label: shares[label]), shares))
+    return made
+
+
+def predicted_texts(encoder: Encoder, rows: Sequence[Row], write: Write, batch: int) -> Iterator[Prediction]:
+    """The words that `write` puts behind each row's prompt, `batch` prompts of like length at once.
+
+    Raises: UsageError for adapters of plain text, which have no prompt.
+    """
+    if encoder.template.kind == "text":
+        raise UsageError("the adapter was trained to go on with any text", "Use `inlay generate --prompt`.")
+    prompts: list[Any] = []
+    for row in rows:
+        try:
+            prompts.append(encoder.prompt(row))
+        except DroppedRow as error:
+            prompts.append(error)
+    order = [n for n, prompt in enumerate(prompts) if not isinstance(prompt, DroppedRow)]
+    order.sort(key=lambda n: len(prompts[n][0]))
+    said: dict[int, str] = {}
+    for start in range(0, len(order), batch):
+        group = order[start : start + batch]
+        said.update(zip(group, write([prompts[n] for n in group]), strict=True))
+    for n, prompt in enumerate(prompts):
+        yield Prediction("", None, prompt.reason) if isinstance(prompt, DroppedRow) else Prediction(said[n])
