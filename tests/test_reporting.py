@@ -236,7 +236,7 @@ def _read(parts):
 def test_a_command_for_others_names_no_folders_of_this_machine():
     config = {"data": ["/home/me/a.csv", "b/c.csv"], "out": "C:\\runs\\a", "base": "~/models/x", "template": "a/{b}"}
     command = command_of({"config": config}, portable=True)
-    assert command == "inlay train --base x --data a.csv --data b/c.csv --out a --template 'a/{b}'"
+    assert command == "inlay train --base x --data a.csv --data b/c.csv --out run --template 'a/{b}'"
     assert command_of({}) == "" and command_of({"config": {"base": "x"}}) == ""
 
 

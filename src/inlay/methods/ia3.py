@@ -37,9 +37,7 @@ class IA3(Method):
     peft_type = "IA3"
 
     targets: Annotated[Targets | None, Help("module names or a group; keys, values and MLP outputs where unset")] = None
-    feedforward: Annotated[Sequence[str] | None, Help("targets whose input is rescaled; MLP outputs if unset")] = (
-        None
-    )
+    feedforward: Annotated[Sequence[str] | None, Help("targets rescaled at their input; MLP outputs where unset")] = None
     layers: Layers = None
 
     def sites(self, base: Structure) -> list[Site]:
