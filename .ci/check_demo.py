@@ -1,6 +1,7 @@
 """Hold the numbers that `make demo` wrote against bounds: python .ci/check_demo.py [demo/result.json]
 
-Seen: 76.9 % and 85.7 % of 1,000 reviews, whose standard errors are 1.3 % and 1.1 %. The bounds lie three of them away.
+Seen: 73.6 % and 83.4 % of 1,000 reviews, whose standard errors are 1.4 % and 1.2 %. The bounds lie about three of them
+away, so that other reviews, or another processor's rounding, do not break them.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import json
 import sys
 
 BOUNDS = {
-    "base_accuracy": (0.72, 0.82),
-    "adapter_accuracy": (0.82, 1.0),
-    "gain": (0.04, 0.2),
+    "base_accuracy": (0.69, 0.8),
+    "adapter_accuracy": (0.8, 1.0),
+    "gain": (0.05, 0.2),
     "merged_max_difference": (0.0, 1e-3),
     "tokens_per_second": (20.0, 1e9),
     "peak_memory_mb": (200.0, 4000.0),

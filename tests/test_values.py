@@ -115,7 +115,7 @@ def test_what_is_written_down_once_has_words_and_a_heading():
             if kind is not Plan:
                 assert field.help.words, f"{kind.__name__}.{field.name}"
     assert {field.help.panel for field in fields_of(Settings)} <= set(PANELS)
-    assert list(METHODS) == list(CLASSES) and all(METHODS[name].lr > 0 for name in METHODS)
+    assert list(METHODS) == list(CLASSES) and all(METHODS[name]().usual_rate > 0 for name in METHODS)
 
 
 def test_every_optimizer_that_is_named_can_be_made():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -202,7 +202,7 @@ class CallHooks:
         if not isinstance(call, (PaddedCall, PackedCall)) or out is None:
             return None
         for name in CACHES:
-            self._tag_cache(getattr(out, name, None), call.blends)
+            self._tag_cache(_entry(out, name), call.blends)
         return None if stack.part == "encoder" else _narrowed(out, call)
 
     # ---- encoder and decoder, caches, checkpointing
@@ -289,6 +289,11 @@ def _rows(given: dict[str, Any]) -> int:
         if isinstance(value, Tensor):
             return value.shape[0]
     raise UsageError("the base was called without a tensor", "Give input_ids.")
+
+
+def _entry(out: Any, name: str) -> Any:
+    """What `out` holds under `name`; asking transformers' outputs for an older name as an attribute makes them warn."""
+    return out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
 
 
 def _spread(blends: list[Blend], rows: int) -> list[Blend]:

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from inlay.bases.quiet import hush
 from inlay.errors import InlayError
 
 __all__ = ["Json", "console", "emit", "guarded", "number", "scores_table"]
@@ -35,8 +36,8 @@ def guarded(doing: str = "the command") -> Iterator[None]:
 
     What nobody foresaw is said with what was being done, and its traceback goes into a log file.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the passes that gain by it switch it on
+    hush()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -33,7 +33,7 @@ def command(
         out = Console(highlight=False)
         table = Table("method", "title", "paper", "learning rate")
         for key, kind in chosen.items():
-            table.add_row(key, kind.title, kind.paper, f"{kind.lr:g}")
+            table.add_row(key, kind.title, kind.paper, f"{kind().usual_rate:g}")
         out.print(table)
         for key, kind in chosen.items():
             out.print(f"\n[bold]--method {key}[/bold]: the settings that --set takes")
@@ -45,7 +45,7 @@ def _told(kind: Any) -> dict[str, Any]:
         field.name: {"default": _plain(field), "help": field.help.words, "values": field.expected()}
         for field in fields_of(kind)
     }
-    return {"title": kind.title, "paper": kind.paper, "lr": kind.lr, "settings": settings}
+    return {"title": kind.title, "paper": kind.paper, "lr": kind().usual_rate, "settings": settings}
 
 
 def _settings(kind: Any) -> Table:

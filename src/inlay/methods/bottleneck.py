@@ -119,6 +119,7 @@ class Pfeiffer(Bottleneck):
     title = "Pfeiffer adapter"
     paper = "arXiv:2005.00247"
     peft_type = "PFEIFFER"
+    lr = 3e-4
 
     mh_adapter: BehindAttention = False
     original_ln_before: AfterNorm = True

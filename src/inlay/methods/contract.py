@@ -98,7 +98,12 @@ class Method(Checked, ABC):
     """Whether `output` can give x the gradient of the base's own product too, which saves a pass over it."""
 
     lr: ClassVar[float] = 1e-3
-    """The learning rate to begin with, by benchmarks/learning_rates.py and the paper."""
+    """The learning rate to begin with, by benchmarks/learning_rates.py and the paper; see `usual_rate`."""
+
+    @property
+    def usual_rate(self) -> float:
+        """The learning rate where nobody says one."""
+        return self.lr
 
     @abstractmethod
     def sites(self, base: Structure) -> list[Site]:

@@ -35,9 +35,10 @@ class IA3(Method):
     title = "IA³"
     paper = "arXiv:2205.05638"
     peft_type = "IA3"
+    lr = 0.01
 
     targets: Annotated[Targets | None, Help("module names or a group; keys, values and MLP outputs where unset")] = None
-    feedforward: Annotated[Sequence[str] | None, Help("targets rescaled at their input; MLP outputs where unset")] = None
+    feedforward: Annotated[Sequence[str] | None, Help("those rescaled at their input; MLP outputs where unset")] = None
     layers: Layers = None
 
     def sites(self, base: Structure) -> list[Site]:

@@ -30,6 +30,7 @@ class NormTuning(Method):
     title = "Norm tuning"
     paper = "arXiv:2312.11420"
     peft_type = "LN_TUNING"
+    lr = 0.003
 
     targets: Annotated[Sequence[str] | None, Help("endings of the norms' paths; every norm where unset")] = None
     layers: Layers = None

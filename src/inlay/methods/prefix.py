@@ -39,11 +39,16 @@ class PrefixTuning(Method):
     title = "Prefix tuning"
     paper = "arXiv:2101.00190"
     peft_type = "PREFIX_TUNING"
+    lr = 0.01
     shared_only = True
 
     num_virtual_tokens: Annotated[Length, Help("keys put before a row's own in each layer; 10 to 20 is usual")] = 20
     prefix_projection: Annotated[bool, Help("train them through a small network, folded away when saved")] = False
     encoder_hidden_size: Annotated[Count | None, Help("width of that network; that of the keys where unset")] = None
+
+    @property
+    def usual_rate(self) -> float:
+        return 1e-3 if self.prefix_projection else self.lr
 
     @property
     def prefix_length(self) -> int:

@@ -38,6 +38,7 @@ class PromptTuning(Method):
     title = "Prompt tuning"
     paper = "arXiv:2104.08691"
     peft_type = "PROMPT_TUNING"
+    lr = 1e-2
     shared_only = True
 
     num_virtual_tokens: Annotated[Length, Help("embeddings put before a row's own; 20 is usual")] = 20

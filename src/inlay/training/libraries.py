@@ -18,10 +18,8 @@ def check_libraries(settings: Settings) -> None:
     make_optimizer(settings.optimizer, [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], 1.0, 0.0)
     if settings.track is None:
         return
-    try:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-    except ImportError:
-        raise InlayError(f"--track {settings.track} needs accelerate", "pip install 'inlay[track]'") from None
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
     names = sorted(_name(kind) for kind in LOGGER_TYPE_TO_CLASS)
     if settings.track not in names:
         raise UsageError(f"no tracker is called {settings.track!r}", f"Trackers: {', '.join(names)}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from inlay.bases.extras import extra_packages
 from inlay.errors import InlayError, UsageError
 
 if TYPE_CHECKING:
@@ -78,4 +79,5 @@ def make_optimizer(name: str, groups: Groups, lr: float, weight_decay: float) ->
     try:
         return OPTIMIZERS[name](groups, lr, weight_decay)
     except ImportError as error:
-        raise InlayError(f"optimizer {name} needs {error.name}", "pip install 'inlay[optimizers]'") from None
+        install = " ".join(f"'{package}'" for package in extra_packages("optimizers"))
+        raise InlayError(f"optimizer {name} needs {error.name}", f"pip install {install}.") from None

@@ -55,4 +55,4 @@ class Plan(Course):
     @property
     def rate(self) -> float:
         """The learning rate: the method's own where none was given."""
-        return type(self.method).lr if self.lr is None else self.lr
+        return self.method.usual_rate if self.lr is None else self.lr

@@ -20,7 +20,7 @@ from .folder import RunFolder
 from .libraries import check_libraries
 from .loop import enter
 from .material import Material, gather
-from .memory import Room, parse_size, peak_memory_mb
+from .memory import Room, bound_kernels, parse_size, peak_memory_mb
 from .plan import Plan
 from .resuming import check_same, start_of
 from .settings import Settings, make_method, plan_of
@@ -62,6 +62,7 @@ def run(
     material = gather(settings, reading.template if reading else None, progress)
     metric = _metric(settings, material)
     check_same(start, given, material, folder)
+    bound_kernels()  # loading measures, and the first products of a process settle it
     base = load_base(settings.base, start.dtype(settings), settings.device, settings.quantize)
     bank = inlay.attach(base.model)
     plan = _plan(settings, plan, base.tokenizer, bank, source)

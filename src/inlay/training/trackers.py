@@ -18,10 +18,8 @@ class Tracker:
         self._tracker: Any = None
         if name is None:
             return
-        try:
-            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-        except ImportError:
-            raise InlayError(f"--track {name} needs accelerate", "pip install 'inlay[track]'") from None
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
         kinds = {str(getattr(kind, "value", kind)): made for kind, made in LOGGER_TYPE_TO_CLASS.items()}
         if name not in kinds:
             raise UsageError(f"no tracker is called {name!r}", f"Trackers: {', '.join(kinds)}.")
