@@ -128,7 +128,6 @@ HOSTILE = {
     "stray.csv": (b'text,label\na,1\n"b" c,0\n', "line 3"),
     "ragged.csv": (b"text,label\na,1\nb\n", "line 3 has 1 fields where the header has 2"),
     "double.csv": (b"text,text\na,b\n", "line 1"),
-    "nameless.csv": (b"text,\na,b\n", "line 1"),
     "nul.csv": (b"text,label\na,1\nb\x00,0\n", "line 3 holds a NUL byte"),
     "latin.csv": ("text,label\na,1\ncafé,0\n".encode("latin-1"), "line 3 holds byte 0xe9"),
     "empty.csv": (b"", "is empty"),

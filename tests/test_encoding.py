@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from tokenizers import decoders
 
 import toks
 from inlay.data.encode import PIECE, Encoder
@@ -49,6 +50,17 @@ def plain(tokenizer, text):
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def parting(tokenizer, prompt, whole):
+    """The token that begins with the answer, where whitespace and words part there; else the first that differs."""
+    told = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in told["offset_mapping"]]
+    if prompt and prompt[-1].isspace() != whole[len(prompt)].isspace() and len(prompt) in starts:
+        first = starts.index(len(prompt))
+        if not any(end > len(prompt) for _, end in told["offset_mapping"][:first]):
+            return first
+    return common(told["input_ids"], plain(tokenizer, prompt))
+
+
 def test_the_answer_begins_where_prompt_and_whole_part(tokenizer):
     """Places found in one tokenisation are those that two would find, and many rows at once what each gives alone."""
     draw = random.Random(5)
@@ -61,7 +73,7 @@ def test_the_answer_begins_where_prompt_and_whole_part(tokenizer):
         prompt, whole = one.values["prompt"], one.values["prompt"] + one.values["completion"]
         ids = [*words.opening, *plain(tokenizer, whole)]
         assert list(found[0].ids[: len(ids)]) == ids
-        assert found[0].learned.index(True) == common(ids, [*words.opening, *plain(tokenizer, prompt)])
+        assert found[0].learned.index(True) == len(words.opening) + parting(tokenizer, prompt, whole)
         assert found == encoder.drafts([one])[0]
 
 
@@ -178,11 +190,37 @@ def test_hopelessly_long_prompts_are_cut_as_shorter_ones_are(filler, tokenizer):
     huge, much = (filler * (size // len(filler)) for size in (700_000, 6000))
     label, pairs = Encoder(tokenizer, LABEL, 40), Encoder(tokenizer, PAIRS, 40)
     found, usual = (label.example(row(text="start " + words, label=1)) for words in (huge, much))
-    assert found.ids == usual.ids and found.learned == usual.learned and found.cut and len(found.ids) == 40
+    assert found.ids == usual.ids and found.learned == usual.learned and found.cut
+    sizes = [len(label.example(row(text="start " + huge, label=one)).ids) for one in (0, 1)]
+    assert max(sizes) == 40 and len(found.ids) == sizes[1]
     found, usual = (pairs.example(row(prompt=words + " end", completion=" answer")) for words in (huge, much))
     assert found.ids == usual.ids and found.learned == usual.learned and found.cut
     (dropped,) = pairs.encode([row(prompt="a", completion=huge)])
     assert isinstance(dropped, DroppedRow) and dropped.reason == "answer too long"
+
+
+@pytest.mark.parametrize("length", [1000, 30])
+def test_what_opens_a_text_stays_with_the_virtual_tokens_behind_it(length, tokenizer):
+    """In training and after, in prompts that are cut at their beginning and in those cut before the label."""
+    pairs, label = (Encoder(tokenizer, template, length, "after-system") for template in (PAIRS, LABEL))
+    lead = len(Words(tokenizer).opening)
+    one, judged = row(prompt="film " * 60, completion=" answer"), row(text="film " * 60, label=1)
+    example = pairs.example(one)
+    assert (example.cut > 0) == (length == 30) and example.ids[:lead] == tuple(Words(tokenizer).opening)
+    assert example.place == pairs.prompt(one)[1] == min(lead, 1)
+    assert label.example(judged).place == label.choices(judged).place == label.prompt(judged)[1] == min(lead, 1)
+
+
+def test_a_prompt_is_parted_as_it_is_before_its_answer(tokenizer):
+    """Where a prompt ends in lines, tokenizers part them by what follows."""
+    encoder = Encoder(tokenizer, PAIRS, 200)
+    for end in ("\n", "\n\n", " \n\n", "\t", "\n\n\n", "\r\n\r\n"):
+        one = row(prompt=f"a good film{end}", completion="好看。")
+        example, asked = encoder.example(one), encoder.prompt_ids(one)
+        assert example.ids[: len(asked)] == tuple(asked), repr(end)
+        if isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+            learned = [i for i, on in zip(example.ids, example.learned, strict=True) if on]
+            assert tokenizer.decode(learned).startswith("好")
 
 
 def test_the_shorter_of_two_limits_counts():

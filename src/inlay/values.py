@@ -115,11 +115,11 @@ class Field:
         """Whether what is typed is the value itself, and nothing is read into it."""
         return self.type is str
 
-    def expected(self) -> str:
-        """What a right value is, in words: "a whole number of 1 or more"."""
+    def expected(self, value: Any = None) -> str:
+        """What a right value is, in words: "a whole number of 1 or more"; with the end that `value` is beyond."""
         if choices := self.mark(OneOf):
             return "one of " + ", ".join(choices.names)
-        words = " or ".join(dict.fromkeys(_words(kind, self.marks) for kind in _members(self.type)))
+        words = " or ".join(dict.fromkeys(_words(kind, self.marks, value) for kind in _members(self.type)))
         return words
 
 
@@ -214,7 +214,7 @@ def _refused(field: Field, value: Any, owner: Any, error: Exception) -> UsageErr
         return UsageError(what, said)
     default = field.default
     usual = "" if default in (None, "", dataclasses.MISSING) or default == {} else f"; {_short(default)} is the default"
-    return UsageError(what, f"{said}Choose {field.expected()}{usual}.")
+    return UsageError(what, f"{said}Choose {field.expected(value)}{usual}.")
 
 
 def _short(value: Any) -> str:
@@ -225,8 +225,8 @@ def _short(value: Any) -> str:
 # ---- types in words
 
 
-def _words(kind: Any, marks: Sequence[Any]) -> str:
-    bounds = " ".join(_bounds(marks))
+def _words(kind: Any, marks: Sequence[Any], value: Any) -> str:
+    bounds = " ".join(_bounds(marks, value))
     if kind is bool:
         return "true or false"
     if kind is int:
@@ -252,14 +252,20 @@ def _top(mark: Le | Lt) -> Any:
     return mark.le if isinstance(mark, Le) else mark.lt
 
 
-def _bounds(marks: Sequence[Any]) -> Iterator[str]:
-    low = next((m for m in marks if isinstance(m, (Ge, Gt))), None)
+def _bottom(mark: Ge | Gt) -> Any:
+    return mark.ge if isinstance(mark, Ge) else mark.gt
+
+
+def _bounds(marks: Sequence[Any], value: Any) -> Iterator[str]:
+    low = max((m for m in marks if isinstance(m, (Ge, Gt))), key=_bottom, default=None)
     high = min((m for m in marks if isinstance(m, (Le, Lt))), key=_top, default=None)
-    top = None if high is None else _top(high)
-    if high is not None and low is not None and abs(top) < 2**31 - 1:  # pyright: ignore
-        yield f"{'from' if isinstance(low, Ge) else 'above'} {low.ge if isinstance(low, Ge) else low.gt:g}"
-        yield f"to {top:g}" if isinstance(high, Le) else f"to below {top:g}"
-    elif low is not None and abs(low.ge if isinstance(low, Ge) else low.gt) < 2**31:  # pyright: ignore
-        yield f"of {low.ge:g} or more" if isinstance(low, Ge) else f"above {low.gt:g}"
+    top, bottom = None if high is None else _top(high), None if low is None else _bottom(low)
+    beyond = top is not None and abs(top) < 2**62 and isinstance(value, (int, float)) and value > top
+    if low is not None and high is not None and (beyond or abs(top) < 2**31 - 1):  # pyright: ignore
+        yield f"{'from' if isinstance(low, Ge) else 'above'} {bottom:g}"
+        end = f"{top:,.0f}" if top == round(top) else f"{top:g}"  # pyright: ignore
+        yield f"to {end}" if isinstance(high, Le) else f"to below {end}"
+    elif low is not None and abs(bottom) < 2**31:  # pyright: ignore
+        yield f"of {bottom:g} or more" if isinstance(low, Ge) else f"above {bottom:g}"
     elif high is not None:
         yield "of 64 bits"

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import inlay
 
 from . import chat, doctor, evaluate, generate, merge, methods, predict, preview, pull, train
+from .common import fail
 
 __all__ = ["app"]
 
+
+@contextmanager
+def _on_one_line() -> Iterator[None]:
+    """What cannot be parsed is said as everything else that is wrong: on one line, with the remedy."""
+    try:
+        yield
+    except Exception as error:  # typer does not export its parser's error of usage
+        said = getattr(error, "format_message", None)
+        if said is None or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        place = getattr(error, "ctx", None)
+        words = said().rstrip(".")
+        mark = "" if words.endswith("?") else "."
+        fail(f"{words}{mark} {place.command_path if place else 'inlay'} -h lists what there is", 2)
+
+
+class Group(TyperGroup):
+    def make_context(self, *arguments: Any, **more: Any) -> Any:
+        with _on_one_line():
+            return super().make_context(*arguments, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _on_one_line():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=Group,
     help="Parameter-efficient fine-tuning where the adapter is a batch dimension.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

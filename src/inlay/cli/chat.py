@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from annotated_types import Gt, Le
 
-from inlay.errors import UsageError
+from inlay.errors import DataError, UsageError
 from inlay.values import Count, Help, NonNegative
 
 from . import flags
 from .common import console
 from .writing import Sampling, Writer, open_writer
+
+COMMANDS = "/base, /adapter, /reset, /quit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +38,16 @@ def command(given: Chat, as_json: bool) -> None:
 
         inlay chat --adapter runs/assistant
     """
+    if as_json:
+        raise UsageError("a conversation is no JSON object", "Leave --json out; generate --json answers one prompt.")
     with console.status("loading"):
         import torch
 
         writer = open_writer(given, given.adapter)
     torch.manual_seed(given.seed)
     conversation = _Conversation(writer, given, given.system)
-    console.print("/base, /adapter, /reset, /quit", style="dim")
-    while (line := _line()) is not None and line != "/quit":
+    console.print(COMMANDS, style="dim")
+    while (line := _line()) is not None and line not in ("/quit", "/exit"):
         conversation.take(line)
 
 
@@ -50,7 +55,12 @@ def _line() -> str | None:
     """What was typed; None at the end of the input."""
     if sys.stdin.isatty():
         console.print("› ", end="", style="bold")
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError:
+        raise DataError(
+            "what was typed is not UTF-8", "Set the terminal, or the file that is piped in, to it."
+        ) from None
     return line.strip() if line else None
 
 
@@ -61,12 +71,14 @@ class _Conversation:
         self.writer, self.settings = writer, settings
         self.opening = [("system", system)] if system else []
         self.turns = list(self.opening)
-        template = writer.encoder.template
-        self.remembers = template.kind == "messages" or writer.row is None
+        trained = writer.row is not None
+        template, tokenizer = writer.encoder.template, writer.encoder.tokenizer
+        why = "this adapter was trained on single prompts" if trained else "this base has no chat template"
+        self.remembers = template.kind == "messages" if trained else bool(tokenizer.chat_template)
         if not self.remembers and system:
-            raise UsageError("this adapter was trained on single prompts, without a system message", "Leave it out.")
+            raise UsageError(f"{why}, so that a system message has no place", "Leave it out.")
         if not self.remembers:
-            console.print("this adapter was trained on single prompts: each line stands alone", style="dim")
+            console.print(f"{why}: each line stands alone", style="dim")
 
     def take(self, line: str) -> None:
         if line == "/reset":
@@ -74,7 +86,10 @@ class _Conversation:
         elif line in ("/base", "/adapter"):
             there = bool(self.writer.bank.adapters)
             self.writer.row = "adapter" if line == "/adapter" and there else None
-            console.print("the adapter answers" if self.writer.row else "the plain base answers", style="dim")
+            said = "the adapter answers" if self.writer.row else "the plain base answers"
+            console.print(f"{'there is no adapter: ' if line == '/adapter' and not there else ''}{said}", style="dim")
+        elif re.fullmatch(r"/\w+", line):
+            console.print(f"{line} is none of {COMMANDS}", style="dim", markup=False, highlight=False)
         elif line:
             self.answer(line)
 
@@ -83,13 +98,13 @@ class _Conversation:
 
         tokenizer: Any = self.writer.encoder.tokenizer
         self.turns.append(("user", line))
-        asks = self.remembers and tokenizer.chat_template
-        ids, place = self.writer.encoder.asked(self.turns) if asks else self.writer.prompt(line)
+        ids, place = self.writer.encoder.asked(self.turns) if self.remembers else self.writer.prompt(line)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
-            new = self.writer.write(ids, place, self.settings, streamer)
+            new = self.writer.write(ids, place, self.writer.fitting(self.settings, len(ids)), streamer)
         except UsageError as error:  # the conversation has outgrown the base
             self.turns.pop()
-            console.print(f"{error} /reset begins afresh.", style="red", markup=False, highlight=False)
+            more = " /reset begins afresh." if self.remembers else ""
+            console.print(f"{error}{more}", style="red", markup=False, highlight=False, soft_wrap=True)
             return
         self.turns.append(("assistant", self.writer.words(new)))

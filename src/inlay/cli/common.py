@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ from rich.table import Table
 from inlay.bases.quiet import hush
 from inlay.errors import InlayError
 
-__all__ = ["Json", "console", "emit", "guarded", "number", "scores_table"]
+__all__ = ["Json", "console", "counted", "emit", "fail", "guarded", "json_line", "number", "scores_table"]
 
 console = Console(stderr=True)
 
@@ -43,29 +43,31 @@ def guarded(doing: str = "the command") -> Iterator[None]:
     try:
         yield
     except InlayError as error:
-        _fail(str(error), error.exit_code)
+        fail(str(error), error.exit_code)
     except KeyboardInterrupt as stopped:
-        _fail(f"interrupted. {stopped}" if str(stopped) else "interrupted", 130)
+        fail(f"interrupted. {stopped}" if str(stopped) else "interrupted", 130)
     except MemoryError:
-        _fail(f"out of memory while {doing}. Lower --tokens-at-once or --max-length", 1)
+        fail(f"out of memory while {doing}. Lower --tokens-at-once or --max-length", 1)
     except BrokenPipeError:  # whoever read our output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename or ''} (while {doing}). Check the path and the disk", 1)
+        fail(f"{error.strerror or error}: {error.filename or ''} (while {doing}). Check the path and the disk", 1)
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        _fail(f"{doing} failed ({type(error).__name__}: {why[:200]}). The whole story is in {_log(doing)}", 1)
+        fail(f"{doing} failed ({type(error).__name__}: {why[:200]}). The whole story is in {_log(doing)}", 1)
 
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(line: str, code: int) -> None:
-    sys.stderr.write("error: " + " ".join(line.split()) + "\n")
+def fail(line: str, code: int) -> NoReturn:
+    """Say one line and end with `code`."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(line.split()))
+    sys.stderr.write(f"error: {shown}\n")
     raise typer.Exit(code) from None
 
 
@@ -88,12 +90,22 @@ def _log(doing: str) -> str:
 def emit(result: Mapping[str, Any], as_json: bool) -> None:
     """One JSON object on one line of stdout, or the same for people."""
     if as_json:
-        sys.stdout.write(json.dumps(_finite(result), ensure_ascii=False) + "\n")
+        sys.stdout.write(json_line(_finite(result)))
         return
     out = Console(highlight=False)
     for name, value in result.items():
         out.print(f"[bold]{name}[/bold]: ", end="")
         out.print(number(value) if isinstance(value, float) else value, markup=False, soft_wrap=True)
+
+
+def json_line(value: Any) -> str:
+    """JSON on one line: letters as they are where the output takes them, escaped where it does not."""
+    line = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf8")
+    except UnicodeEncodeError:
+        line = json.dumps(value, default=str)
+    return line + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -109,7 +121,12 @@ def number(value: float | None) -> str:
     """A number as people read it."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 0.001 else f"{value:.3f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 0.001 else f"{value:.3f}"
+
+
+def counted(number: int, thing: str) -> str:
+    """ "1 row", "2 rows"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 Intervals = Mapping[str, Sequence[float]]
@@ -117,7 +134,7 @@ Intervals = Mapping[str, Sequence[float]]
 
 def scores_table(columns: Mapping[str, tuple[Mapping[str, float], Intervals]], rows: int) -> Table:
     """Metrics by line, with their 95 % intervals; a column for each of the base and the adapters."""
-    table = Table(title=f"on {rows:,} rows, 95 % intervals", title_justify="left", title_style="dim")
+    table = Table(title=f"on {counted(rows, 'row')}, 95 % intervals", title_justify="left", title_style="dim")
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right", overflow="fold")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ from inlay.training.settings import (
     Columns,
     Device,
     Dtype,
+    MaxLength,
     Paths,
     Quantize,
     Split,
@@ -27,7 +28,7 @@ from inlay.values import Checked, Count, From, Help, Seed
 
 from . import flags
 from .common import console, emit, scores_table
-from .opening import dropped, open_bank, reading_of
+from .opening import dropped, open_bank
 
 if TYPE_CHECKING:
     from inlay.data.table import Table
@@ -52,7 +53,7 @@ class Eval(Checked):
     verbalizer: Verbalizer = None
     columns: Columns = field(default_factory=dict)
     split: Split = "paragraph"
-    max_length: Annotated[Count | None, Help("tokens in a row; as in training where unset", DATA)] = None
+    max_length: Annotated[MaxLength | None, Help("tokens in a row; as in training where unset", DATA)] = None
     tokens_at_once: TokensAtOnce = 4096
     dtype: Dtype = "auto"
     device: Device = None
@@ -67,6 +68,7 @@ def command(given: Eval, as_json: bool) -> None:
     """
     from inlay.data.table import read_table
     from inlay.formats.folders import adapter_folder
+    from inlay.formats.reading import reading_of
 
     folders = {name: adapter_folder(name) for name in given.adapter}
     table = read_table(given.data, given.split)
@@ -79,8 +81,18 @@ def command(given: Eval, as_json: bool) -> None:
         emit(result, True)
         return
     scores = {"base": (result["base"], result["intervals"]["base"])}
-    scores |= {name: (values, result["intervals"]["adapters"][name]) for name, values in result["adapters"].items()}
+    for name, shown in _short(result["adapters"]).items():
+        scores[shown] = (result["adapters"][name], result["intervals"]["adapters"][name])
     Console(highlight=False).print(scores_table(scores, result["rows"]))
+
+
+def _short(folders: Iterable[str]) -> dict[str, str]:
+    """Each folder by its last name, that of its run where it lies in one, as long as all differ."""
+    names = {}
+    for folder in folders:
+        path = Path(folder)
+        names[folder] = (path.parent.name if path.name == "adapter" else path.name) or folder
+    return names if len({*names.values(), "base"}) == len(names) + 1 else {folder: folder for folder in names}
 
 
 def _scored(given: Eval, folders: dict[str, Path], table: Table, reading: Carried) -> dict[str, Any]:

@@ -48,6 +48,9 @@ def command(kind: type[C], doing: str, earlier: Earlier | None = None) -> Callab
 def _settings(kind: type[C], flags: Mapping[str, Any], config: str | None, earlier: Earlier | None) -> C:
     """Raises: UsageError naming a setting that does not exist, is missing or wrong."""
     fields = {field.name: field for field in fields_of(kind)}
+    for name, value in flags.items():
+        if value == "" or (isinstance(value, list) and "" in value):  # a shell's variable that is not set
+            raise UsageError(f"{fields[name].flag} is empty", "Give a value, or leave it out.")
     given = from_file(config, fields)
     flagged = {name: _read(fields[name], value) for name, value in flags.items() if value not in (None, [], False)}
     if "set" in given and "set" in flagged:
@@ -76,7 +79,7 @@ def from_file(path: str | None, fields: Mapping[str, Field]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        loaded = read_yaml(Path(path).read_text(encoding="utf8"))
+        loaded = read_yaml(Path(path).expanduser().read_text(encoding="utf8"))
     except OSError as error:
         raise UsageError(f"config {path} cannot be read ({error.strerror or error})", "Give a YAML file.") from None
     except ValueError as error:

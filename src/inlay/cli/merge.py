@@ -7,8 +7,8 @@ from typing import Annotated
 
 from rich.console import Console
 
-from inlay.training.settings import Base, Dtype
-from inlay.values import Checked, Help
+from inlay.training.settings import Base, Dtype, as_path
+from inlay.values import Checked, From, Help
 
 from . import flags
 from .common import console, emit, number
@@ -19,7 +19,7 @@ class Merge(Checked):
     """What is merged into what."""
 
     adapter: Annotated[str, Help("an adapter's folder, or its run's")]
-    out: Annotated[str, Help("a new folder for the merged model")]
+    out: Annotated[str, From(as_path), Help("a new folder for the merged model")]
     base: Base = "smollm2"
     dtype: Annotated[Dtype, Help("number format of the merged model; auto keeps the base's own")] = "float32"
 

@@ -1,21 +1,18 @@
-"""What commands that use adapters share: the base, adapters beside it, and how rows are put to them."""
+"""What commands that use adapters share: the base, and adapters beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from inlay.errors import UsageError
-
 if TYPE_CHECKING:
     from inlay.bank.bank import Bank
     from inlay.data.encode import Encoder
-    from inlay.data.table import Table
     from inlay.formats.carried import Carried
 
-__all__ = ["Loading", "Opened", "dropped", "open_bank", "reading_of"]
+__all__ = ["Loading", "Opened", "dropped", "open_bank"]
 
 
 class Loading(Protocol):
@@ -42,36 +39,6 @@ class Opened:
     positions: int | None
 
 
-def reading_of(
-    table: Table | None, folders: Sequence[Path], template: str | None = None,
-    verbalizer: Mapping[str, Sequence[str]] | None = None, columns: Mapping[str, str] | None = None,
-    answered: bool = True,
-) -> Carried:  # fmt: skip
-    """How rows are read: as said here, else as the adapters were trained to, else as the table's columns suggest.
-    Where they are not `answered`, no column of answers is needed.
-
-    Raises: UsageError where nothing says it; DataError where the table lacks a column.
-    """
-    from dataclasses import replace
-
-    from inlay.data.template import Columns, check_columns, choose_template
-    from inlay.formats.carried import Carried, carried
-
-    found = carried(folders)
-    if table is None:
-        if found is None:
-            raise UsageError("the adapter does not say what it was trained to read", "Give --template.")
-        return found
-    if template is not None or verbalizer is not None or columns or found is None:
-        words = verbalizer
-        if words is None and found is not None and found.template.kind == "label":
-            words = found.template.verbalizer
-        chosen = choose_template(table, Columns(**(columns or {})), template, words)
-        found = Carried(chosen) if found is None else replace(found, template=chosen)
-    check_columns(found.template, table, answered)
-    return found
-
-
 def open_bank(given: Loading, folders: Mapping[str, Path], reading: Carried, new_tokens: int = 0) -> Opened:
     """Load the base, in the dtype that the adapters were trained in unless another is said, and them beside it.
 
@@ -82,6 +49,7 @@ def open_bank(given: Loading, folders: Mapping[str, Path], reading: Carried, new
     from inlay.data.encode import Encoder
     from inlay.formats.notes import read_notes
     from inlay.sites.positions import positions_of, table_size
+    from inlay.training.forward import check_reads
 
     dtype = given.dtype
     if dtype == "auto":
@@ -89,6 +57,7 @@ def open_bank(given: Loading, folders: Mapping[str, Path], reading: Carried, new
         dtype = trained.pop() or dtype if len(trained) == 1 else dtype
     base = load_base(given.base, dtype, given.device, given.quantize)
     bank = attach(base.model)
+    check_reads(bank, reading.template.kind)
     for name, folder in folders.items():
         bank.load(name, folder)
     methods = [adapter.method for adapter in bank.adapters.values()]

@@ -15,6 +15,8 @@ from typing import Any
 from inlay.errors import InlayError, UsageError
 from inlay.files import write_json
 
+from .common import json_line
+
 __all__ = ["Output", "check_output"]
 
 KINDS = (".csv", ".tsv", ".jsonl")
@@ -50,7 +52,8 @@ class Output:
         self._file: Any = None
         if self.path is None:
             return
-        begun = self._begun() if resume and self.path.exists() else {"rows": 0, "bytes": 0}
+        self._fresh = not self.path.exists()
+        begun = {"rows": 0, "bytes": 0} if self._fresh or not resume else self._begun()
         self.done = begun["rows"]
         self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
         self._file.truncate(begun["bytes"])
@@ -90,8 +93,11 @@ class Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None or self.path is None:
+            return
+        self._file.close()
+        if kind is not None and self._fresh and not self.done:  # what failed at once leaves nothing
+            self.path.unlink(missing_ok=True)
 
     def _write(self, text: str) -> None:
         if self._file is None:
@@ -116,7 +122,9 @@ class Output:
             ) from None
 
     def _line(self, one: Mapping[str, Any], header: bool = False) -> str:
-        if self.path is None or self.path.suffix.lower() == ".jsonl":
+        if self.path is None:
+            return json_line(one)
+        if self.path.suffix.lower() == ".jsonl":
             return json.dumps(one, ensure_ascii=False, default=str) + "\n"
         text = io.StringIO(newline="")
         cells = self.columns if header else [_cell(one.get(name)) for name in self.columns]

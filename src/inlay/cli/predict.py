@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from inlay.training.settings import DATA, Columns, Paths, Split, Template, TokensAtOnce
-from inlay.values import Count, Help
+from inlay.errors import UsageError
+from inlay.training.settings import DATA, Columns, Paths, Split, Template, TokensAtOnce, as_path
+from inlay.values import Count, From, Help
 
 from . import flags
-from .common import console, emit
-from .opening import Opened, open_bank, reading_of
+from .common import console, counted, emit
+from .opening import Opened, open_bank
 from .output import Output, check_output
 from .writing import Sampling, Writer
 
@@ -32,7 +33,9 @@ class Predict(Sampling):
 
     adapter: Annotated[str, Help("an adapter's folder or its run's")]
     data: Paths
-    out: Annotated[str | None, Help("a .csv or .jsonl file; standard output, as jsonl, where unset")] = None
+    out: Annotated[str | None, From(as_path), Help("a .csv or .jsonl file; standard output, as jsonl, where unset")] = (
+        None
+    )
     limit: Annotated[Count | None, Help("the first rows alone", DATA)] = None
     template: Annotated[Template, Help("without it, the one that travels with the adapter", DATA)] = None
     columns: Columns = field(default_factory=dict)
@@ -53,6 +56,7 @@ def command(given: Predict, as_json: bool) -> None:
     """
     from inlay.data.table import read_table
     from inlay.formats.folders import adapter_folder
+    from inlay.formats.reading import reading_of
 
     if given.out is not None:
         check_output(given.out, given.resume)
@@ -60,11 +64,14 @@ def command(given: Predict, as_json: bool) -> None:
     table = read_table(given.data, given.split)
     reading = reading_of(table, [folder], given.template, None, given.columns, answered=False)
     rows = table.rows if given.limit is None else table.rows[: given.limit]
+    if reading.template.kind == "text":
+        raise UsageError("rows of text alone have no prompt, and no labels to choose from", "Use `inlay generate`.")
     labels = tuple(reading.template.verbalizer) if reading.template.kind == "label" else ()
     with console.status("loading"):
         opened = open_bank(given, {"adapter": folder}, reading, 0 if labels else given.max_new_tokens)
     added = _added(table.columns, labels)
-    identity = f"{table.digest} {opened.bank.fingerprint} {_digest(folder)} {len(rows)} {given.arguments()}"
+    read = f"{table.digest} {len(rows)} {reading.template.to_dict()}"
+    identity = f"{read} {opened.bank.fingerprint} {_digest(folder)} {given.arguments()}"
     said: list[dict[str, Any]] = []
     with Output(given.out, [*table.columns, *added], identity, given.resume) as out:
         if out.done:
@@ -79,7 +86,7 @@ def command(given: Predict, as_json: bool) -> None:
         result = {"rows": len(rows), "out": given.out, "adapter": str(folder)}
         emit(result | ({"predictions": said} if given.out is None else {}), True)
     elif given.out is not None:
-        console.print(f"{len(rows):,} rows in {given.out}", highlight=False)
+        console.print(f"{counted(len(rows), 'row')} in {given.out}", highlight=False)
 
 
 def _predicted(

@@ -28,7 +28,6 @@ from inlay.values import Checked, Count, Help
 
 from . import flags
 from .common import emit
-from .opening import reading_of
 
 COLOURS = {
     "system": "magenta", "user": "cyan", "prompt": "cyan", "assistant": "green", "answer": "green", "text": "green",
@@ -67,6 +66,7 @@ def command(given: Preview, as_json: bool) -> None:
     from inlay.data.shown import shown
     from inlay.data.table import duplicates, read_table
     from inlay.formats.folders import adapter_folder
+    from inlay.formats.reading import reading_of
     from inlay.training.settings import make_method
 
     made = make_method(given.method, given.set)

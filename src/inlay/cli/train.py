@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,16 @@ from inlay.training.settings import Settings
 
 from . import flags
 from .bar import Bar
-from .common import console, emit, number, scores_table
+from .common import console, counted, emit, scores_table
 
 
 def _earlier(given: dict[str, Any]) -> dict[str, Any]:
     """The settings of the run that is to be resumed, where there is one."""
-    if not given.get("resume") or not isinstance(given.get("out"), str):
+    if not given.get("resume"):
+        return {}
+    if not given.get("out"):
+        raise UsageError("--resume does not say what to go on with", "Give --out: the run's folder.")
+    if not isinstance(given["out"], str):
         return {}
     from inlay.training.folder import RunFolder
     from inlay.values import fields_of
@@ -67,17 +72,23 @@ def _show(settings: Settings, result: Mapping[str, Any]) -> None:
         }
         out.print(scores_table(scores, result["final_rows"]))
     out.print(
-        f"{result['status']} after {result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:,.0f} s "
-        f"({number(result['tokens_per_second'])} tokens/s), {result['peak_memory_mb']:,.0f} MB at most, "
-        f"{result['trainable_parameters']:,} parameters trained"
+        f"{result['status']} after {counted(result['steps'], 'step')}, {result['tokens']:,} tokens "
+        f"in {_time(result['seconds'])} ({result['tokens_per_second']:,.0f} tokens/s), "
+        f"{result['peak_memory_mb']:,.0f} MB at most, {result['trainable_parameters']:,} parameters trained",
+        soft_wrap=True,
     )
     lines = [("adapter", result["adapter"]), ("report", f"{settings.out}/report.html")]
     out.print("\n".join(f"{name:8} {path}" for name, path in lines), markup=False, soft_wrap=True)
-    base = "" if settings.base == "smollm2" else f" --base {settings.base}"
+    base = "" if settings.base == "smollm2" else f" --base {shlex.quote(settings.base)}"
+    adapter = f"{base} --adapter {shlex.quote(settings.out)}"
     out.print("\nnext:", style="dim")
     for line in (
-        f"inlay predict{base} --adapter {settings.out} --data NEW.csv --out said.csv",
-        f"inlay eval{base} --adapter {settings.out} --data TEST.csv",
-        f"inlay merge{base} --adapter {settings.out} --out merged",
+        f"inlay predict{adapter} --data NEW.csv --out said.csv",
+        f"inlay eval{adapter} --data TEST.csv",
+        f"inlay merge{adapter} --out merged",
     ):
         out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,6 +90,12 @@ class Writer:
         start = 0 if model.config.is_encoder_decoder else longest
         return [_ended(row[start:].tolist(), tokenizer.pad_token_id, tokenizer.eos_token_id) for row in out]
 
+    def fitting(self, settings: Sampling, prompt: int) -> Sampling:
+        """The settings with as many new tokens as the base has positions for behind a prompt, one at least."""
+        if self.positions is None or self.bank.model.config.is_encoder_decoder:
+            return settings
+        return replace(settings, max_new_tokens=min(settings.max_new_tokens, max(1, self.positions - prompt)))
+
     def _check_positions(self, prompts: Sequence[tuple[Sequence[int], int]], settings: Sampling) -> None:
         longest = max(len(ids) for ids, _ in prompts)
         read = 0 if self.bank.model.config.is_encoder_decoder else longest
@@ -140,10 +146,12 @@ def open_writer(
             f"--system has no place in the template {found.template.prompt!r}, which the adapter was trained with",
             "Leave it out.",
         )
+    if found.template.chat and not folders:
+        from inlay.bases.load import load_tokenizer
+
+        if getattr(load_tokenizer(given.base), "chat_template", "") is None:
+            raise UsageError("the base's tokenizer has no chat template", "Leave --chat and --system out.")
     opened = open_bank(given, folders, found)
-    if not opened.bank.model.can_generate():  # pyright: ignore[reportCallIssue]
-        kind = type(opened.bank.model).__name__
-        raise UsageError(f"{kind} does not write text", "Choose a causal or encoder-decoder base.")
     return Writer(opened.bank, opened.encoder, "adapter" if folders else None, system, opened.positions)
 
 

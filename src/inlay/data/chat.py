@@ -14,6 +14,9 @@ from .tokens import common
 
 __all__ = ["Chat", "Rendered"]
 
+PROBE = "\ufdd2"
+"""Stands for an answer's words: a noncharacter, which no template looks for or takes away."""
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -73,10 +76,9 @@ class Chat:
         self._check_tools(talk, text, where)
         answers, ends = [], []
         for number, message in enumerate(talk.messages):
-            if message.role == "assistant":
-                span = self._answer(text, talk, number, where)
-                answers += [span] if message.learned else []
-                ends.append((span[1], message.role))
+            if message.role == "assistant" and message.learned:
+                answers.append(self._answer(text, talk, number, where))
+                ends.append((answers[-1][1], message.role))
             else:
                 self._check_shown(message, number, text, where)
                 if turns:
@@ -105,11 +107,40 @@ class Chat:
         ):  # words of the template itself stand before a first answer
             head = max(0, text.find(self.controls.plain(message.content.strip())))
             before = text[:head]
+        elif head < len(before):
+            head = self._parted(text, talk, number, where)
         whole = head == len(before) and text.startswith(alone)
         # Templates that take thoughts out of earlier answers: the answer goes to the end of its turn.
         end = len(alone) if whole else next((m.end() for m in self.controls.meant.finditer(text, head)), 0)
         self._check_answer(message, number, (text[head:end], alone), whole, where)
         return head, end
+
+    def _parted(self, text: str, talk: Talk, number: int, where: str) -> int:
+        """Where an answer begins that goes on otherwise than a prompt for it: many templates open a prompt with the
+        sign of thoughts, which they leave out of earlier answers. Raises: DataError for other differences.
+        """
+        turns, last = talk.messages, number == len(talk.messages) - 1
+        prior, before = self.text(talk.first(number), where=where), self._opened(talk.first(number), where)
+        if not before.startswith(prior) or common(text, before) < len(prior):
+            since = "it is answered" if last else "others follow"
+            raise DataError(
+                f"{where}: the chat template renders what stands before turn {number + 1} otherwise once {since}",
+                "Give one row for each answer, as lists of messages called prompt and completion.",
+            )
+        if last:
+            raise DataError(
+                f"{where}: the chat template opens a prompt's answer with {before[len(prior) :]!r}, and renders turn "
+                f"{number + 1} otherwise",
+                "Give its thoughts as reasoning_content, or another template: --template file.jinja.",
+            )
+        other = replace(talk, messages=(*turns[:number], Message("assistant", PROBE), *turns[number + 1 :]))
+        return min(common(text, before), common(text, self.text(other, where=where)))
+
+    def lead(self, talk: Talk, where: str) -> str:
+        """What the template puts between the prompt for an answer to `talk` and the answer's words."""
+        opened = self.text(talk, True, where)
+        text = self.text(replace(talk, messages=(*talk.messages, Message("assistant", PROBE))), where=where)
+        return text[len(opened) : max(text.find(PROBE), 0)] if text.startswith(opened) else ""
 
     def _opened(self, talk: Talk, where: str) -> str:
         try:
@@ -122,9 +153,9 @@ class Chat:
     def _check_answer(self, message: Message, number: int, said: tuple[str, str], whole: bool, where: str) -> None:
         answer, alone = said
         turn = f"turn {number + 1}"
-        line = self.controls.plain(_last_line(message.content))
+        shown = _last_line(message.spoken)[:40]
+        line = self.controls.plain(_last_line(message.spoken))
         if line not in answer or not answer:
-            shown = _last_line(message.content)[:40]
             if not whole and line in alone:
                 raise DataError(
                     f"{where}: the chat template renders {turn} otherwise once others follow",
@@ -140,14 +171,18 @@ class Chat:
         for thought in message.thoughts:
             if self.controls.plain(_last_line(thought)) not in alone:
                 _left_out(where, f"the reasoning in {turn}")
-        if not self.ends.meant.search(answer):
+        *_, end = [0, *(match.end() for match in self.ends.meant.finditer(answer))]
+        if not end or (line and line in answer[end:]):
             raise DataError(
                 f"{where}: the chat template leaves no end token behind the answer of {turn}",
                 "A model that never learns to stop goes on for ever: end answers with {{ eos_token }}.",
             )
 
     def _check_shown(self, message: Message, number: int, text: str, where: str) -> None:
-        line = _last_line(message.content)
+        for name in message.calls:
+            if name not in text:
+                _left_out(where, f"the call of {name!r} in turn {number + 1}")
+        line = _last_line(message.spoken)
         if not line or self.controls.plain(line) in text:
             return
         written = self.controls.plain(json.dumps(line, ensure_ascii=False)[1:-1])

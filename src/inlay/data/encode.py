@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from inlay.errors import DataError, DroppedRow, UsageError
 
+from .fitting import Fitting
 from .jobs import Job, Jobs
 from .messages import Talk
 from .places import PLACES
@@ -76,6 +78,7 @@ class Encoder:
         self.table_size = table_size
         self.words = Words(tokenizer)
         self.jobs = Jobs(self.words, template, self.max_length, place)
+        self.fitting = Fitting(self.jobs, place)
         self.chat = self.jobs.chat
         self._beyond = table_size is not None and max(tokenizer.get_vocab().values(), default=0) >= table_size
 
@@ -158,7 +161,7 @@ class Encoder:
             ids += self.words.ended(tokens.ids)
             spans[-1] = (spans[-1][0], len(ids))
         system = lead + heads[-1] if job.system else self._opening(ids)
-        return [self._fitted(ids, spans, row, system)]
+        return [self._fitted(ids, spans, row, system, (job, tokens))]
 
     def _pieces(self, job: Job, inner: list[int], row: Row) -> list[Example]:
         """All tokens of a text in rows of at most the maximal length, as even as can be; its end is in the last one."""
@@ -173,30 +176,40 @@ class Encoder:
             found.append(Example(ids, (True,) * len(ids), row.number + (piece << PIECE), 0, self._opening(ids)))
         return found
 
-    def _choices(self, row: Row, listed: Sequence[tuple[str, Job, Tokens, list[int]]]) -> Choices:
+    def _choices(self, row: Row, listed: Sequence[tuple[str, Job, Tokens, list[int]]]) -> Choices | DroppedRow:
         """From each candidate's label, words and tokens."""
-        _, first, _, _ = listed[0]
+        _, first, tokens, heads = listed[0]
         head = min(heads[0] for _, _, _, heads in listed)
         words = tuple((label, tuple(tokens.ids[head:])) for label, _, tokens, _ in listed)
         if any(not ids for _, ids in words):
-            raise DataError("a word of the verbalizer has no token of its own", "Choose other words.")
-        whole = [*first.opening, *listed[0][2].ids[:head]]
-        kept = self._shortened(whole, self.max_length - max(len(ids) for _, ids in words))
-        system = len(first.opening) + listed[0][3][-1] if first.system else self._opening(whole)
-        place = {"start": 0, "before-answer": len(kept)}.get(self.place, min(system, len(kept)))
+            said = f"{row.where}: a word of the verbalizer has no token of its own behind the prompt"
+            raise DataError(said, "Choose other words, or end the template in a space or a sign.")
+        whole = [*first.opening, *tokens.ids[:head]]
+        longest = max(len(ids) for _, ids in words)
+        if _one_begins_another([ids for _, ids in words]):  # the shorter would never score less
+            end = tuple(self.words.ended([]))
+            words = tuple((label, ids + end) for label, ids in words)
+        ends = len(self.words.ended(tokens.ids)) if self.chat is None else 0
+        room = self.max_length - max(longest + ends, self.fitting.reserve)
+        kept, at = self.fitting.shortened(whole, max(room, min(1, len(whole))), first, tokens)
+        if len(kept) + max(len(ids) for _, ids in words) > self.max_length:
+            return DroppedRow(row.where, "answer too long", "Raise --max-length.")
+        system = len(first.opening) + heads[-1] if first.system else self._opening(whole)
+        place = self.fitting.placed(system, kept, len(whole), at)
         for _, ids in words:
             self._check((*kept, *ids), row.where)
         return Choices(tuple(kept), words, self.template.label_of(row), row.number, place)
 
     def _asked(self, job: Job, where: str) -> tuple[list[int], int]:
-        (tokens,), (heads,) = self._tokens([job])
+        tokens = self.words.opened(job.text, job.markup)
+        (heads,) = self.words.heads([job.text], [tokens], [job.places], job.markup)
         ids = [*job.opening, *tokens.ids]
         if not ids:
             raise DroppedRow(where, "no text", "Give words to go on from.")
-        kept = self._shortened(ids, self.max_length)
+        kept, at = self.fitting.shortened(ids, self.max_length, job, tokens)
         self._check(kept, where)
         system = len(job.opening) + heads[-1] if job.system else self._opening(ids)
-        return kept, {"start": 0, "before-answer": len(kept)}.get(self.place, max(0, system - len(ids) + len(kept)))
+        return kept, self.fitting.placed(system, kept, len(ids), at)
 
     def _opening(self, ids: Sequence[int]) -> int:
         """Tokens that open every text."""
@@ -206,33 +219,22 @@ class Encoder:
 
     # ---- length
 
-    def _fitted(self, ids: list[int], spans: list[tuple[int, int]], row: Row, system: int) -> Example:
+    def _fitted(
+        self, ids: list[int], spans: list[tuple[int, int]], row: Row, system: int, source: tuple[Job, Tokens]
+    ) -> Example:
         """Cut tokens in front of the first learned one, so that the whole fits, and find the virtual tokens' place."""
         self._check(ids, row.where)
-        excess = len(ids) - self.max_length
         head = spans[0][0] if spans else len(ids)
-        cut = 0
-        if excess > 0 and head - excess >= 1:
-            front = self._shortened(ids[:head], head - excess)
-            cut, ids, head = excess, front + ids[head:], len(front)
-        learned = (False,) * len(ids)
+        own, kept, at = len(ids) - head, ids[:head], head
+        if own < self.max_length < head + max(own, self.fitting.reserve):
+            room = max(1, self.max_length - max(own, self.fitting.reserve))
+            kept, at = self.fitting.shortened(kept, room, *source)
+        cut = head - len(kept)
+        learned = (False,) * (len(ids) - cut)
         for start, end in spans:
             learned = learned[: start - cut] + (True,) * (end - start) + learned[end - cut :]
-        place = {"start": 0, "before-answer": head}.get(self.place, max(0, system - cut))
-        return Example(tuple(ids), learned, row.number, cut, place)
-
-    def _shortened(self, prompt: list[int], length: int) -> list[int]:
-        """At most `length` tokens of a prompt: for a template, the end of the row's text goes and the words after it
-        stay; else the beginning goes, but for a first token that always opens a text."""
-        excess = len(prompt) - length
-        if excess <= 0:
-            return prompt
-        if self.template.kind == "label" and self.chat is None:
-            behind = self.jobs.behind
-            if len(prompt) - behind - excess > 0:
-                return prompt[: len(prompt) - behind - excess] + prompt[len(prompt) - behind :]
-        first = 1 if prompt[0] == self.words.bos else 0
-        return prompt[:first] + prompt[first + excess :]
+        place = self.fitting.placed(system, kept, head, at)
+        return Example((*kept, *ids[head:]), learned, row.number, cut, place)
 
     # ---- checks
 
@@ -246,6 +248,12 @@ class Encoder:
         if self._beyond and self.table_size is not None and max(ids, default=0) >= self.table_size:
             said = f"{where}: the tokenizer makes token {max(ids)} of it, and the base knows {self.table_size}"
             raise DataError(f"{said}: tokenizer and base do not fit", "Name a base folder with its own tokenizer.")
+
+
+def _one_begins_another(words: Sequence[tuple[int, ...]]) -> bool:
+    """Whether one of some different words is the beginning of another."""
+    ordered = sorted(set(words))
+    return any(later[: len(one)] == one for one, later in itertools.pairwise(ordered))
 
 
 def _tried(make: Callable[[Row], Any], row: Row) -> Any:

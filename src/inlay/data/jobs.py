@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from inlay.errors import DataError, DroppedRow
 
@@ -51,13 +50,6 @@ class Jobs:
         self.tail = tail_of(template.prompt)
         self.bos, self.eos = words.tokenizer.bos_token, words.tokenizer.eos_token
 
-    @cached_property
-    def behind(self) -> int:
-        """The tokens of the words that the prompt's template has behind its last column."""
-        text, start = f"film{self.tail}", len("film")
-        (tokens,) = self.words.encode([text], self.authored)
-        return len(tokens.ids) - self.words.heads([text], [tokens], [[start]], self.authored)[0][0]
-
     # ---- what to encode
 
     def job(self, row: Row) -> Job:
@@ -83,13 +75,12 @@ class Jobs:
         """The row's prompt with each candidate behind it; the place is where the candidate begins. Raises: as `job`."""
         self.template.label_of(row)
         if self.chat is not None:
-            opened = self.asked(self.talk(row).asked, row.where)
+            talk = self.talk(row).asked
+            opened = self.asked(talk, row.where)
             listed = self.template.candidates(row)
-            start = len(opened.text)
-            jobs = [
-                replace(opened, text=opened.text + self.words.controls.plain(word), places=[start, *opened.places])
-                for _, word in listed
-            ]
+            start, lead = len(opened.text), self.chat.lead(talk, row.where)
+            texts = [opened.text + lead + self.words.controls.plain(word.strip()) for _, word in listed]
+            jobs = [replace(opened, text=text, places=[start, *opened.places]) for text in texts]
         else:
             row = self._marked(row)
             prompt = self.template.prompt_of(row)
@@ -124,14 +115,16 @@ class Jobs:
         template, values = self.template, row.values
         if template.kind == "messages":
             return _talk_of(row, template, answered)
-        asked = Message("user", template.prompt_of(row))
+        asked = Talk((Message("user", template.prompt_of(row)),))
+        if template.kind == "completion":
+            options = checked_options(values.get("chat_template_kwargs"), row.where)
+            asked = replace(asked, tools=tools_of(values.get("tools"), row.where), options=options)
         if not answered:
-            return Talk((asked,))
+            return asked
         answer = template.answer_of(row)
         if template.kind == "label":
             self._check_words(row)
-        said = Message("assistant", self._unended(answer).strip())
-        return Talk((asked, said), tools_of(values.get("tools"), row.where) if template.kind == "completion" else None)
+        return replace(asked, messages=(*asked.messages, Message("assistant", self._unended(answer).strip())))
 
     # ---- words
 

@@ -19,6 +19,7 @@ ROLES = {
 LOSS = ("weight", "train", "loss")
 """Fields that say whether a message is learned: weight 0 or 1, train and loss true or false."""
 OURS = ("tokenize", "chat_template", "add_generation_prompt", "tools", "messages", "conversation", "return_tensors")
+THOUGHT = "</think>"
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -42,9 +43,15 @@ class Message:
 
     @property
     def thoughts(self) -> list[str]:
-        return [
-            self.more[name] for name in THOUGHTS if isinstance(self.more.get(name), str) and self.more[name].strip()
-        ]
+        """What an answer thought before it spoke, in fields of its own or between <think> and </think>."""
+        own = [self.more.get(name) for name in THOUGHTS]
+        own.append(self.content.rpartition(THOUGHT)[0].rpartition("<think>")[2] if self.role == "assistant" else None)
+        return [one for one in own if isinstance(one, str) and one.strip()]
+
+    @property
+    def spoken(self) -> str:
+        """The words behind the thoughts."""
+        return self.content.rpartition(THOUGHT)[2] if self.role == "assistant" else self.content
 
 
 @dataclass(frozen=True)

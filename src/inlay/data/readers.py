@@ -52,9 +52,10 @@ def _csv(source: Source) -> Iterator[Values]:
     try:
         for fields in reader:
             if columns is None:
-                columns = [name.strip() for name in fields]
-                if len(set(columns)) < len(columns) or not all(columns):
-                    raise DataError(f"{source.name}, line 1: column names are empty or double", "Name each once.")
+                # An index that pandas wrote has no name, and neither has what stands behind a comma too many.
+                columns = [name.strip() or f"column {n}" for n, name in enumerate(fields, 1)]
+                if len(set(columns)) < len(columns):
+                    raise DataError(f"{source.name}, line 1: column names are double", "Name each once.")
             elif fields:
                 if len(fields) != len(columns):
                     what = f"{source.name}, line {line} has {len(fields)} fields where the header has {len(columns)}"

@@ -76,17 +76,22 @@ class Template:
 
     @cached_property
     def _texts(self) -> frozenset[str]:
-        names = names_in(self.prompt)
+        names = self._names
         return frozenset({self.text} & names if self.text else names if len(names) == 1 else ())
 
+    @cached_property
+    def _names(self) -> set[str]:
+        """The columns around the answer, on either side of it."""
+        return names_in(self.prompt) | names_in(self.after)
+
     def wordless(self, row: Row) -> bool:
-        """Whether the columns that the prompt is made of hold nothing but whitespace."""
-        return all(blank(row.values.get(name)) for name in self._texts or names_in(self.prompt))
+        """Whether the columns around the answer hold nothing but whitespace."""
+        return all(blank(row.values.get(name)) for name in self._texts or self._names)
 
     def content_of(self, row: Row) -> str:
         """What rows must not share across the held-out split: for labels the words to judge, else all words."""
         if self.kind == "label":
-            return self.prompt_of(row)
+            return self.prompt_of(row) + (f"\0{self.after_of(row)}" if names_in(self.after) else "")
         if self.kind == "completion" and not self.chat:
             return f"{self.prompt_of(row)}\0{row.values.get(self.answer)}"
         parts = [row.values.get(name) for name in (*sorted(names_in(self.prompt)), self.answer)]
@@ -147,6 +152,10 @@ class Template:
         """
         before, after = self._parting(row, prompt), self.after_of(row)
         return [(label, f"{before}{word}{after}") for label, listed in self.verbalizer.items() for word in listed]
+
+    def ending(self, word: str, prompt: str) -> str:
+        """`word` as it stands behind the words `prompt`, for a template whose end names no column."""
+        return ("" if self.slot or self.chat else parting(prompt)) + word + rendered(self.after, {}, "the template")
 
     def _parting(self, row: Row, prompt: str | None) -> str:
         if self.slot or self.chat:

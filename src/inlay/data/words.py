@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ MARGIN = 256
 """Characters left over where a text is cut before it is tokenised, so that the cut does not show in what is kept."""
 LEADS = ("\n", ".", "a")
 """What a piece of a text is put behind for a moment: the first that does not grow together with it."""
+WORD = "a"
 GENTLE = re.compile(r"(?<=\S)(?= [^\W_])")
 CUT = re.compile(r"(?<=[^\W_])(?=[\W_])")
 """Where no usual tokenizer has a token across: before a space and a letter; else behind a letter, before a sign."""
@@ -93,14 +95,16 @@ class Words:
     def heads(
         self, texts: Sequence[str], tokens: Sequence[Tokens], places: Sequence[Sequence[int]], markup: bool = False
     ) -> list[list[int]]:
-        """For each text and each of its places, how many first tokens it shares with the text that ends there."""
+        """For each text and each of its places, how many tokens stand before it: up to the token that begins there
+        between whitespace and words, else those that the text shares with the text that ends there.
+        """
         found: list[list[int]] = []
         doubtful: list[tuple[int, int, int, int]] = []
         ends: list[str] = []
         for number, (text, whole, wanted) in enumerate(zip(texts, tokens, places, strict=True)):
             found.append([])
             for place in wanted:
-                at = len(whole.ids) if place >= len(text) else _clean(text, place, whole)
+                at = len(whole.ids) if place >= len(text) else self._clean(text, place, whole)
                 if at is None:
                     start, first = self._from(text, place, whole) if markup else (0, 0)
                     doubtful.append((number, len(found[-1]), first, len(ends)))
@@ -111,6 +115,16 @@ class Words:
         for number, column, first, part in doubtful:
             found[number][column] = first + common(tokens[number].ids[first:], parts[part].ids)
         return found
+
+    def opened(self, text: str, markup: bool = False) -> Tokens:
+        """Tokens of a text that words will follow: its last whitespace is parted as it is before words."""
+        if text[-1:].isspace():
+            (tokens,) = self.encode([text + WORD], markup)
+            at = self._clean(text + WORD, len(text), tokens)
+            if at is not None:
+                tokens.ids = tokens.ids[:at]
+                return tokens
+        return self.encode([text], markup)[0]
 
     # ---- inside
 
@@ -175,6 +189,25 @@ class Words:
         else:
             joined.add(start, words, self._batch([bare], False)[0].ids)
 
+    def _clean(self, text: str, place: int, whole: Tokens) -> int | None:
+        """The token that begins at `place` where one begins there for sure, whatever the words behind it are: between
+        whitespace and words. (Tokenizers part a run of whitespace by what follows; prompts are given as if words did.)
+        """
+        if place <= 0:
+            return 0
+        if text[place - 1].isspace() == text[place].isspace():
+            return None
+        return whole.at(place) if self.core is not None else self._told(text[:place], whole.ids)
+
+    def _told(self, text: str, ids: list[int]) -> int | None:
+        """How many of the ids make `text`, by what a tokenizer that tells no places makes of them."""
+
+        def decoded(count: int) -> str:
+            return self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+
+        count = bisect_left(range(len(ids)), len(text), key=lambda count: len(decoded(count)))
+        return count if decoded(count) == text else None
+
     def _from(self, text: str, place: int, whole: Tokens) -> tuple[int, int]:
         """The last control token before `place`, which parts the text, and its number among the tokens."""
         *_, last = [None, *self.controls.meant.finditer(text, 0, place)]
@@ -222,21 +255,6 @@ class Words:
     def _first(self, text: str) -> str:
         ids = self._batch([text], False)[0].ids
         return str(self.tokenizer.convert_ids_to_tokens(ids[0]))[:1] if ids else "a"
-
-
-def _clean(text: str, place: int, whole: Tokens) -> int | None:
-    """The first token behind `place` where it is sure to be the one that a tokenizer of text[:place] would end
-    before: a token begins there, and what ends there is no run of whitespace, which tokenizers part by what follows.
-    """
-    if place <= 0:
-        return 0
-    before, after = text[place - 1], text[place]
-    if before.isspace():
-        if after.isspace() or place == 1 or text[place - 2].isspace() or before == " ":
-            return None
-    elif not after.isspace():
-        return None
-    return whole.at(place)
 
 
 def _core(tokenizer: Any, controls: Controls) -> Any:

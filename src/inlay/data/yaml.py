@@ -26,6 +26,12 @@ def read_yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            found = super().construct_mapping(node, deep)
+            if len(found) < len(node.value):
+                raise ValueError(f"line {node.start_mark.line + 1}: a key is there twice")
+            return found
+
     for kind, (pattern, first) in RULES.items():
         marks = [mark if mark != "\0" else "" for mark in first]
         Loader.add_implicit_resolver(TAG + kind, re.compile(rf"^(?:{pattern})$"), marks)

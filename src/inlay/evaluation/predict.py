@@ -11,7 +11,7 @@ from typing import Any
 from inlay.bank.bank import Bank
 from inlay.data.encode import Choices, Encoder
 from inlay.data.rows import Row
-from inlay.errors import DroppedRow, UsageError
+from inlay.errors import DataError, DroppedRow, UsageError
 from inlay.training.memory import Room
 
 from .score import Items, score
@@ -36,7 +36,7 @@ def predicted_labels(
     """The likeliest label of each row, in the rows' order; a label that a row has is not looked at."""
     stand_in = next(iter(encoder.template.verbalizer))
     blank = [dataclasses.replace(row, values={**row.values, encoder.template.answer: stand_in}) for row in rows]
-    found = encoder.all_choices(blank)
+    found = _each(encoder.all_choices, blank)
     items = [item for item in found if isinstance(item, Choices)]
     labels = tuple(encoder.template.verbalizer)
     judged = score(bank, Items(items, labels, Counter(rows=len(items))), [adapter], room)[adapter] if items else None
@@ -51,19 +51,29 @@ def predicted_labels(
     return made
 
 
+def _each(make: Callable[[Sequence[Row]], list[Any]], rows: Sequence[Row]) -> list[Any]:
+    """What `make` makes of the rows, a DroppedRow for each that is refused: a row's own fault stops no other."""
+    try:
+        return make(rows)
+    except DataError as error:
+        if len(rows) > 1:
+            return [one for row in rows for one in _each(make, [row])]
+        if isinstance(error, DroppedRow):
+            return [error]
+        where = rows[0].where
+        if not error.what.startswith(where):
+            raise
+        return [DroppedRow(where, error.what.removeprefix(where).lstrip(": "))]
+
+
 def predicted_texts(encoder: Encoder, rows: Sequence[Row], write: Write, batch: int) -> Iterator[Prediction]:
     """The words that `write` puts behind each row's prompt, `batch` prompts of like length at once.
 
-    Raises: UsageError for adapters of plain text, which have no prompt.
+    Raises: UsageError for rows of plain text, which have no prompt.
     """
     if encoder.template.kind == "text":
-        raise UsageError("the adapter was trained to go on with any text", "Use `inlay generate --prompt`.")
-    prompts: list[Any] = []
-    for row in rows:
-        try:
-            prompts.append(encoder.prompt(row))
-        except DroppedRow as error:
-            prompts.append(error)
+        raise UsageError("rows of text alone have no prompt, and no labels to choose from", "Use `inlay generate`.")
+    prompts = [one for row in rows for one in _each(lambda some: [encoder.prompt(some[0])], [row])]
     order = [n for n, prompt in enumerate(prompts) if not isinstance(prompt, DroppedRow)]
     order.sort(key=lambda n: len(prompts[n][0]))
     said: dict[int, str] = {}

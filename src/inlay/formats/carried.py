@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inlay.data.encode import PLACES
@@ -23,14 +23,18 @@ class Carried:
 
 
 def carried(folders: Sequence[str | Path]) -> Carried | None:
-    """What the adapters in `folders` agree on; None where none of them says anything.
+    """What the adapters in `folders` agree on, with the least of their lengths; None where none of them says anything.
 
     Raises: UsageError where they differ; FormatError where one's note is broken.
     """
     found = [one for one in map(_read, folders) if one is not None]
-    if any(one != found[0] for one in found):
-        raise UsageError("the adapters were trained with different templates", "Give --template, or use them apart.")
-    return found[0] if found else None
+    if not found:
+        return None
+    for what in ("template", "place"):
+        if any(getattr(one, what) != getattr(found[0], what) for one in found):
+            named = {"template": "with different templates", "place": "with virtual tokens at different places"}[what]
+            raise UsageError(f"the adapters were trained {named}", "Use one at a time.")
+    return replace(found[0], max_length=min(one.max_length for one in found))
 
 
 def _read(folder: str | Path) -> Carried | None:
@@ -43,5 +47,8 @@ def _read(folder: str | Path) -> Carried | None:
         template = Template.from_dict(notes.template)
     except (InlayError, TypeError) as error:
         why = error.what if isinstance(error, InlayError) else str(error)
-        raise FormatError(f"{folder} carries a template that is not known here ({why})", "Give --template.") from None
+        path = Path(folder) / NOTES
+        raise FormatError(f"{path}: {why}", "Save the adapter again, or remove the file.") from None
+    if template.kind == "label" and not template.verbalizer:
+        raise FormatError(f"{Path(folder) / NOTES}: the template names no labels", "Save the adapter again.")
     return Carried(template, notes.max_length, notes.virtual_tokens_at)

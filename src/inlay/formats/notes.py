@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from inlay.errors import FormatError, UsageError
 from inlay.values import Checked, Count, fields_of
@@ -24,7 +26,7 @@ class Notes(Checked):
     fingerprint: str | None = None
     dtype: str | None = None
     template: Mapping[str, Any] | None = None
-    max_length: Count = 512
+    max_length: Annotated[Count, Ge(2)] = 512
     virtual_tokens_at: str = "start"
 
 

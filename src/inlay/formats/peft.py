@@ -67,7 +67,7 @@ def read_peft(folder: Path, base: Structure) -> tuple[Method, Tensors]:
     if kind is None:
         known = ", ".join(m.peft_type for m in METHODS.values())
         raise FormatError(f"{folder} holds a {config.get('peft_type')!r} adapter", f"Known here: {known}.")
-    file = next((folder / f for f in FILES if (folder / f).exists()), None)
+    file = next((folder / f for f in FILES if (folder / f).is_file()), None)
     if file is None:
         raise UsageError(f"{folder} holds no {FILES[0]}", "Name the folder that the adapter was saved to.")
     stored = read_tensors(file)

@@ -71,6 +71,10 @@ class LoRA(Method):
         return select_projections(base, self.targets, self.layers)
 
     def check_fit(self, sites: Sequence[Site]) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                if not any(_matches(pattern, site.path) for site in sites):
+                    raise UsageError(f"LoRA's {name} names {pattern!r}, which no target ends in", "Name a target.")
         for site in sites:
             r, most = self.rank(site), max(site.in_features, site.out_features)
             if r > most:
@@ -148,8 +152,8 @@ class LoRA(Method):
             targets=paths,
             rank_pattern=config.get("rank_pattern") or {},
             alpha_pattern=config.get("alpha_pattern") or {},
-            use_rslora=bool(config.get("use_rslora")),
-            dropout=float(config.get("lora_dropout") or 0.0),
+            use_rslora=config.get("use_rslora") or False,
+            dropout=config.get("lora_dropout") or 0.0,
         )
 
 
@@ -225,4 +229,8 @@ def _owned(y: Tensor, site: Site) -> Tensor | None:
 
 def _patterned(patterns: Mapping[str, float], path: str, default: float) -> float:
     """The value of the first pattern that matches the end of `path`, else `default`."""
-    return next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", path)), default)
+    return next((v for p, v in patterns.items() if _matches(p, path)), default)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None

@@ -29,6 +29,8 @@ def select_projections(base: Structure, targets: Targets, layers: Layers = None)
     Raises: UsageError naming each target that matched nothing, with the candidates.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
+    if not wanted:
+        raise UsageError("targets are an empty list", f"Name modules, or a group: {', '.join(GROUPS)}.")
     chosen: dict[str, Site] = {}
     for target in wanted:
         matched = _group(base, target) if target in GROUPS else _named(base, target, alone=isinstance(targets, str))

@@ -103,7 +103,7 @@ class Contender:
         if norm > self.plan.clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.plan.clip, total)
         self._remember()
-        self.rate = self.schedule.get_last_lr()[0]
+        self.rate = float(self.schedule.get_last_lr()[0])  # some optimizers keep a tensor
         self.optimizer.step()
         if not math.isfinite(float(nn.utils.get_total_norm([p.detach() for p in self.parameters]))):
             self.diverge("the update took the parameters beyond all bounds", self.step + 1)
@@ -208,5 +208,6 @@ class Contender:
         for group, base, rate in zip(
             self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
         ):
-            group["lr"] = base * rate(self.step)
+            lr = float(base) * rate(self.step)
+            group["lr"] = torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr
         self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]

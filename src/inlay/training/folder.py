@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,10 @@ from inlay.errors import InlayError, UsageError
 from inlay.files import write_text
 
 __all__ = ["RunFolder"]
+
+
+TOLD = {"config": dict, "data": dict, "status": str, "total_steps": int, "result": dict}
+"""What is taken from run.json."""
 
 
 class RunFolder:
@@ -36,7 +41,9 @@ class RunFolder:
             story = json.loads(self.story.read_text(encoding="utf8"))
         except (ValueError, RecursionError, OSError):
             raise InlayError(f"{self.story} cannot be read", "Remove the folder, or choose another one.") from None
-        return story if isinstance(story, dict) else {}
+        if not isinstance(story, dict) or not all(isinstance(story.get(n, t()), t) for n, t in TOLD.items()):
+            raise InlayError(f"{self.story} is not what a run writes", "Remove the folder, or choose another one.")
+        return story
 
     @property
     def finished(self) -> bool:
@@ -98,7 +105,8 @@ class RunFolder:
             yield
         except OSError as error:
             what = f"{error.filename or self.path} cannot be written ({error.strerror or error}); {kept}"
-            raise InlayError(what, f"Free some space, then go on: --resume --out {self.path}.") from None
+            first = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend that"
+            raise InlayError(what, f"{first}, then go on: --resume --out {self.path}.") from None
 
 
 class _Before:

@@ -19,7 +19,7 @@ from inlay.stream.route import RowSpec
 
 from .memory import Room
 
-__all__ = ["Segment", "batches", "check_trainable", "scored", "token_losses"]
+__all__ = ["Segment", "batches", "check_reads", "check_trainable", "scored", "token_losses"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,14 @@ def check_trainable(bank: Bank) -> None:
     """Raises: UsageError where the base does not write text."""
     if not getattr(bank.model, "can_generate", bool)():
         raise UsageError(f"{type(bank.model).__name__} does not write text", "Choose a causal or encoder-decoder base.")
+
+
+def check_reads(bank: Bank, kind: str) -> None:
+    """Raises: UsageError where the base does not write text, or reads prompts and rows of this `kind` have none."""
+    check_trainable(bank)
+    if kind == "text" and len(bank.base.stacks) == 2:
+        what = f"{type(bank.model).__name__} reads a prompt and writes an answer, and rows of text have no prompt"
+        raise UsageError(what, "Give prompt and completion, or text and label, or take a causal base.")
 
 
 def batches(segments: Sequence[Segment], room: Room) -> list[list[Segment]]:
@@ -81,7 +89,8 @@ def scored(bank: Bank, segments: Sequence[Segment], step: int | None = None) -> 
 def _noise(bank: Bank, segments: Sequence[Segment], step: int) -> Noise:
     shakes: list[Shake | None] = []
     if any(segment.neftune for segment in segments):
-        sizes = [_read(segment) if len(bank.base.stacks) == 2 else len(segment.example.ids) for segment in segments]
+        encoder = len(bank.base.stacks) == 2
+        sizes = [max(_read(segment), 1) if encoder else len(segment.example.ids) for segment in segments]
         shakes = [Shake(s.seed, s.neftune, n) if s.neftune else None for s, n in zip(segments, sizes, strict=True)]
     return Noise(step, [segment.example.sample for segment in segments], shakes)
 
@@ -132,10 +141,12 @@ def _padded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Sco
 
 
 def _encoded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Scored:
-    """The encoder reads what stands before the first learned token, the decoder writes the rest."""
+    """The encoder reads what stands before the first learned token, an end alone where nothing does; the decoder
+    writes the rest.
+    """
     model: Any = bank.model
     heads = [_read(segment) for segment in segments]
-    asked = [segment.example.ids[:head] for segment, head in zip(segments, heads, strict=True)]
+    asked = [segment.example.ids[:head] or (_end(model),) for segment, head in zip(segments, heads, strict=True)]
     answers = [segment.example.ids[head:] for segment, head in zip(segments, heads, strict=True)]
     ids, mask = _rows(asked, model.device)
     start = model.config.decoder_start_token_id
@@ -145,6 +156,12 @@ def _encoded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Sc
     pieces = [row[: len(answer)] for row, answer in zip(logits, answers, strict=True)]
     labels = torch.tensor([token for answer in answers for token in answer], device=model.device)
     return torch.cat(pieces), labels, [len(answer) for answer in answers]
+
+
+def _end(model: Any) -> int:
+    """The token that ends a text; encoders read nothing as a text that ends at once."""
+    end = model.config.eos_token_id
+    return int(end[0] if isinstance(end, list) else end or 0)
 
 
 def _places(segments: Sequence[Segment]) -> list[int]:

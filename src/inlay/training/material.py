@@ -17,6 +17,7 @@ from inlay.data.table import Rows, Table, duplicates, read_table, shuffled
 from inlay.data.template import Columns, Template, check_columns, choose_template
 from inlay.errors import DroppedRow, UsageError
 from inlay.evaluation.intervals import FEW
+from inlay.formats.reading import adapted
 
 from .settings import Settings
 
@@ -144,9 +145,10 @@ def lengths(sizes: NDArray[Any]) -> dict[str, Any]:
 
 
 def _template(settings: Settings, table: Table, given: Template | None) -> Template:
-    if given is not None and not (settings.template or settings.verbalizer or settings.columns):
-        check_columns(given, table)
-        return given
+    if given is not None:
+        found = adapted(given, table, settings.template, settings.verbalizer, settings.columns)
+        check_columns(found, table)
+        return found
     return choose_template(table, Columns(**settings.columns), settings.template, settings.verbalizer)
 
 

@@ -10,31 +10,49 @@ import torch
 from inlay.bank.bank import Bank
 from inlay.data.encode import Encoder
 from inlay.data.table import Row
+from inlay.errors import DroppedRow
 
 __all__ = ["samples"]
 
-NEW_TOKENS = 24
+NEW_TOKENS = {"label": 5}
+MOST = 24
 
 
 @torch.no_grad()
-def samples(bank: Bank, encoder: Encoder, rows: Sequence[Row], say: Callable[[str], None]) -> list[dict[str, str]]:
-    """For each row its prompt, the answer it holds, and what the base and the adapter make of it (greedy)."""
+def samples(
+    bank: Bank, encoder: Encoder, rows: Sequence[Row], say: Callable[[str], None], limit: int | None = None
+) -> list[dict[str, str]]:
+    """For each row its prompt, the answer it holds, and what the base and the adapter make of it (greedy).
+
+    Prompts are cut so that what is written has positions too, where the base has `limit` of them. Rows without a
+    prompt, or whose answer is too long, are left out.
+    """
     if encoder.template.kind == "text":
         return []  # there is no prompt to go on from
+    new, asking = NEW_TOKENS.get(encoder.template.kind, MOST), encoder
+    if limit is not None:
+        new = min(new, limit // 2)
+        fits = min(encoder.max_length, limit - new)
+        asking = Encoder(encoder.tokenizer, encoder.template, fits, encoder.place, None, encoder.table_size)
     try:
-        return [_sample(bank, encoder, row) for row in rows]
-    except (RuntimeError, ValueError, TypeError) as error:  # a base that scores but cannot generate is still of use
-        say(f"no samples: this base cannot generate here ({str(error).splitlines()[0]})")
+        found = [_sample(bank, encoder, asking, row, new) for row in rows]
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # a base that scores but cannot generate is still of use
+        say(f"no samples: this base cannot generate here ({(str(error) or type(error).__name__).splitlines()[0]})")
         return []
+    return [one for one in found if one is not None]
 
 
-def _sample(bank: Bank, encoder: Encoder, row: Row) -> dict[str, str]:
+def _sample(bank: Bank, encoder: Encoder, asking: Encoder, row: Row, new: int) -> dict[str, str] | None:
     model: Any = bank.model
     tokenizer = encoder.tokenizer
-    asked, place = encoder.prompt(row)
+    try:
+        asked, place = asking.prompt(row)
+        example = encoder.example(row)
+    except DroppedRow:
+        return None
     ids = torch.tensor([asked, asked], device=model.device)
-    told = {"max_new_tokens": 5 if encoder.template.kind == "label" else NEW_TOKENS, "do_sample": False}
-    example = encoder.example(row)
+    told = {"max_new_tokens": new, "do_sample": False}
     answer = [token for token, learned in zip(example.ids, example.learned, strict=True) if learned]
     with bank.route([None, "adapter"], places=[0, place]):
         out = model.generate(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
 
 from inlay.bases.choices import DTYPES, QUANTIZATIONS
 from inlay.data.places import PLACES
@@ -31,12 +34,17 @@ PANELS = ("", DATA, MODEL, COURSE, BEST, SAFE)
 # ---- how people write some of them
 
 
+def as_path(value: Any) -> Any:
+    """`~` as the home folder: no shell sees the paths of a --config file, or of --out=~/runs."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def as_paths(value: Any) -> Any:
     """One path as a list of one."""
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, Sequence) or not value or not all(isinstance(path, str) and path for path in value):
         raise ValueError("Give a path, or a list of paths.")
-    return list(value)
+    return [as_path(path) for path in value]
 
 
 def as_pairs(value: Any) -> Any:
@@ -78,28 +86,46 @@ def as_columns(value: Any) -> Any:
 
 def as_verbalizer(value: Any) -> Any:
     """`0=negative,1=positive|great`, or a mapping of labels to a word or to several, as labels and their words."""
-    from inlay.data.labels import label_key, parse_verbalizer
+    from inlay.data.labels import parse_verbalizer
 
     if isinstance(value, str) and value.lstrip().startswith("{"):
         from inlay.data.yaml import read_yaml
 
-        value = read_yaml(value)
+        try:
+            value = read_yaml(value)
+        except ValueError:
+            raise ValueError("it is no mapping. Write 0=negative,1=positive|great.") from None
     if isinstance(value, str):
         try:
-            return parse_verbalizer(value)
+            value = parse_verbalizer(value)
         except UsageError as error:
             raise ValueError(f"{error.what}. {error.remedy}") from None
+    return _worded(value)
+
+
+def _worded(value: Any) -> Any:
+    """A mapping of labels to words, checked: a word that stood for two labels could not tell them apart."""
+    from inlay.data.labels import label_key
+
     if not isinstance(value, Mapping) or not value:
         raise ValueError("Write 0=negative,1=positive|great, or a mapping of labels to words.")
-    words = {}
+    words: dict[Any, Any] = {}
     for label, word in value.items():
         name = str(label).lower() if isinstance(label, bool) else str(label).strip() if isinstance(label, str) else None
-        words[name or label_key(label)] = [word] if isinstance(word, str) else word
+        name = name or label_key(label)
+        if label_key(name) in map(label_key, words):
+            raise ValueError(f"the label {name!r} is named twice: write its words as one list.")
+        words[name] = [word] if isinstance(word, str) else word
     if None in words or "" in words:
         raise ValueError("a label is empty: name each label.")
     for label, listed in words.items():
         if not isinstance(listed, Sequence) or not listed or not all(isinstance(w, str) and w.strip() for w in listed):
             raise ValueError(f"the words for {label!r} are {listed!r}: give a word, or a list of words.")
+    owners: dict[str, str] = {}
+    for label, listed in words.items():
+        for word in listed:
+            if owners.setdefault(word.strip(), label) != label:
+                raise ValueError(f"{word!r} stands for {owners[word.strip()]!r} and for {label!r}: part them.")
     return words
 
 
@@ -108,7 +134,7 @@ def as_share(value: Any) -> Any:
     try:
         share = float(value)
     except (TypeError, ValueError):
-        return value
+        return as_path(value)
     if isinstance(value, bool) or not math.isfinite(share) or not 0 <= share < 1:
         raise ValueError("Choose a share from 0 to below 1, or a file.")
     return str(value)
@@ -146,7 +172,7 @@ Verbalizer = Annotated[
 Set = Annotated[
     Mapping[str, Any], From(as_pairs), Help("a setting of the method, as --set r=16; see `inlay methods`", MODEL)
 ]
-Base = Annotated[str, Help("smollm2, a model folder, a .gguf file or a hub id (org/name)", MODEL)]
+Base = Annotated[str, From(as_path), Help("smollm2, a model folder, a .gguf file or a hub id (org/name)", MODEL)]
 Dtype = Annotated[str, OneOf(DTYPES, "dtype"), Help("number format; auto takes the fastest this machine has", MODEL)]
 Device = Annotated[str | None, Help("cpu, cuda, ...; the best there is where unset", MODEL)]
 Quantize = Annotated[
@@ -156,7 +182,7 @@ Quantize = Annotated[
 ]
 MethodName = Annotated[str, OneOf(METHODS, "method"), Help("how the base is adapted; see `inlay methods`", MODEL)]
 TokensAtOnce = Annotated[Count, Help("tokens in one forward; lower saves memory", SAFE)]
-MaxLength = Annotated[Count, Help("tokens in a row; prompts are cut, answers never", DATA)]
+MaxLength = Annotated[Count, Ge(2), Help("tokens in a row; prompts are cut, answers never", DATA)]
 VirtualTokensAt = Annotated[
     str, OneOf(PLACES, "place"), Help("where virtual tokens stand, for methods that have some", DATA)
 ]
@@ -167,7 +193,7 @@ class Settings(Course):
     """Everything a run depends on, by the names of the command's flags."""
 
     data: Paths
-    out: Annotated[str, Help("the run's folder")]
+    out: Annotated[str, From(as_path), Help("the run's folder")]
     base: Base = "smollm2"
     method: MethodName = "lora"
     set: Set = field(default_factory=dict)
@@ -203,8 +229,8 @@ class Settings(Course):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_length < 2:
-            raise UsageError(f"max_length is {self.max_length}", "Choose 2 or more; 512 is the default.")
+        if self.heldout == "-" and "-" in self.data:
+            raise UsageError("data and heldout are both standard input", "Name a file for one of them.")
         if self.init_from is not None and (self.set or self.method != "lora"):
             raise UsageError("--from takes method and settings from the adapter", "Leave --method and --set out.")
 

@@ -29,6 +29,7 @@ from .contender import Contender
 from .estimate import estimate_mb
 from .fitting import fit_of
 from .folder import RunFolder
+from .forward import check_reads
 from .material import Material, lengths
 from .memory import Room, peak_memory_mb
 from .outcome import Final, final_lines, finite
@@ -64,8 +65,9 @@ class Work:
         self.folder, self.metric, self.say, self.room = folder, metric, say, room
         self.start = time.perf_counter()
         self.session: Session | None = None
+        check_reads(bank, material.template.kind)
         fit = fit_of(base.model, plan.method, settings.max_length)
-        self.max_length = fit.max_length
+        self.max_length, self.limit = fit.max_length, fit.limit
         self.encoder = Encoder(
             base.tokenizer, material.template, settings.max_length, settings.virtual_tokens_at, fit.limit,
             table_size(base.model),
@@ -164,7 +166,7 @@ class Work:
             final = Final(judged, self.metric)
             session.peaks.note("scoring")
             shown = self.material.final.numbered(self.final.first(SHOWN).samples)
-            written = samples(self.bank, self.encoder, shown, self.say)
+            written = samples(self.bank, self.encoder, shown, self.say, self.limit)
         for line in (self._why_diverged(contender) if contender.diverged else "", final.notice()):
             if line:
                 self._tell(line)
