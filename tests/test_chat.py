@@ -114,7 +114,7 @@ def test_what_the_template_leaves_out_is_refused(talk, more, jinja, words, token
     ("turn", "words"),
     [
         ({"role": "user"}, "message 1 is without role and content"), ({"content": "a"}, "without role and content"),
-        ("a", "without role and content"), ({"role": "user", "content": 5}, "message 1 has a int as content"),
+        ("a", "without role and content"), ({"role": "user", "content": 5}, "message 1 has a number as content"),
         ({"role": "user", "content": [{"type": "image_url",
         "image_url": "x"}]}, "message 1 holds a part of type 'image_url'"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "part of type 'text'"),

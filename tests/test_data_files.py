@@ -119,7 +119,7 @@ def test_items_of_a_json_list_know_their_lines(tmp_path):
     file.write_text('{"rows": [\n {"text": "a [ b"},\n\n {"text":\n "c"}, {"text": "d"}\n]}')
     assert [row.line for row in read_table(file).rows] == [2, 4, 5]
     file.write_text('[\n {"text": "a"},\n 7\n]')
-    with pytest.raises(DataError, match="line 3 holds a int"):
+    with pytest.raises(DataError, match="line 3 holds a number"):
         read_table(file)
 
 

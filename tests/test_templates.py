@@ -297,7 +297,7 @@ def test_rows_of_no_use_are_dropped_with_a_reason(template, values, reason, toke
         (PAIRS, {"prompt": 5, "completion": "a"}, "holds a number"),
         (PAIRS, {"prompt": "a", "completion": ["b"]}, "holds no text"),
         (PAIRS, {"prompt": "a"}, "no column 'completion'"),
-        (PLAIN, {"text": 5}, "holds a int"), (PLAIN, {}, "no column 'text'"),
+        (PLAIN, {"text": 5}, "holds a number"), (PLAIN, {}, "no column 'text'"),
     ],
 )  # fmt: skip
 def test_rows_that_are_not_what_they_should_be_are_refused_by_line(template, values, said, tokenizer):

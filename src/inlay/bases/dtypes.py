@@ -28,9 +28,9 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.ones(1, device=chosen).item()  # the meta device makes tensors, but has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
+        why = str(error).partition("\n")[0].partition(". ")[0]
         raise UsageError(f"device {str(device)!r} cannot be used ({why})", "Choose cpu, or leave it out.") from None
     return chosen
 

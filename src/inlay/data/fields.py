@@ -12,7 +12,7 @@ from typing import Any
 
 from inlay.errors import DataError
 
-__all__ = ["blank", "missing", "names_in", "parsed", "rendered", "tail_of"]
+__all__ = ["blank", "kind_of", "missing", "names_in", "parsed", "rendered", "tail_of"]
 
 
 @lru_cache(maxsize=256)
@@ -92,12 +92,14 @@ def _written(value: Any, name: str, where: str, text: bool) -> str:
     if missing(value):
         return ""
     if text or isinstance(value, (list, tuple, dict, set, bytes)):
-        raise DataError(f"{where}: column {name!r} holds {_kind(value)}, no text", "Give words.")
+        raise DataError(f"{where}: column {name!r} holds {kind_of(value)}, no text", "Give words.")
     return str(value)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
     kinds: dict[Any, str] = {
-        bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes",
+        type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list",
+        dict: "an object", bytes: "bytes",
     }  # fmt: skip
     return kinds.get(type(value), f"a {type(value).__name__}")

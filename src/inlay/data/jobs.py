@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from inlay.errors import DataError, DroppedRow
 
 from .chat import Chat
-from .fields import blank, names_in, tail_of
+from .fields import blank, kind_of, names_in, tail_of
 from .messages import Message, Talk, checked_options, messages_of, tools_of
 from .table import Row
 from .template import Template
@@ -151,7 +151,7 @@ class Jobs:
         if blank(text):
             raise DroppedRow(row.where, "no text")
         if not isinstance(text, str):
-            raise DataError(f"{row.where}: column {column!r} holds a {type(text).__name__}, no text", "Give words.")
+            raise DataError(f"{row.where}: column {column!r} holds {kind_of(text)}, no text", "Give words.")
         names, opening = self.words.controls.names, self.words.opening
         markup = text.startswith(names) and text.rstrip().endswith(names)
         if self.bos and text.startswith(self.bos):

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from inlay.errors import DataError
 
+from .fields import kind_of
 from .sources import Source, opened_text
 
 __all__ = ["json_rows"]
@@ -56,7 +57,7 @@ def _items(walk: _Walk, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     for line in walk.items("]"):
         value = walk.value()
         if not isinstance(value, dict):
-            what = f"{source.name}, line {line} holds a {type(value).__name__}"
+            what = f"{source.name}, line {line} holds {kind_of(value)}"
             raise DataError(what, "Each row is an object.")
         yield line, value
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from inlay.errors import DataError
 
+from .fields import kind_of
+
 __all__ = ["Message", "Talk", "checked_options", "messages_of", "tools_of"]
 
 ROLES = {
@@ -111,7 +113,7 @@ def _words(content: Any, said: str, more: bool) -> str:
     if not isinstance(content, (list, tuple)):
         if content is None:
             raise DataError(f"{said} is without role and content", 'Give {"role", "content"}.')
-        raise DataError(f"{said} has a {type(content).__name__} as content", "Give words, or a list of text parts.")
+        raise DataError(f"{said} has {kind_of(content)} as content", "Give words, or a list of text parts.")
     found = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__

@@ -10,6 +10,7 @@ from typing import Any
 from inlay.errors import DataError, UsageError
 
 from .arrow import dataset_rows, parquet_rows
+from .fields import kind_of
 from .jsonlist import json_rows
 from .sources import UNPACKING, Source, damaged, lines_of, misencoded
 
@@ -82,7 +83,7 @@ def _jsonl(source: Source) -> Iterator[Values]:
         except RecursionError:
             raise DataError(f"{source.name}, line {number} nests too deeply", "Each line is one flat object.") from None
         if not isinstance(value, dict):
-            what = f"{source.name}, line {number} holds a {type(value).__name__}"
+            what = f"{source.name}, line {number} holds {kind_of(value)}"
             raise DataError(what, "Each line is one object; a file that is one list is called .json.")
         yield number, value
 
