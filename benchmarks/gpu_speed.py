@@ -103,7 +103,7 @@ class Clock:
             self.marks[self.done // self.steps - 1] = time.perf_counter()
 
     def result(self, tokens: int) -> dict:
-        from inlay.training.memory import peak_memory_mb
+        from inlay.runtime.memory import peak_memory_mb
 
         seconds = self.marks[1] - self.marks[0]
         peak = torch.cuda.max_memory_allocated() / 2**20 if CUDA else peak_memory_mb()
@@ -133,7 +133,7 @@ def ours(a: argparse.Namespace, rows: list[list[int]]) -> dict:
 
 def compiled() -> None:
     """Norms and gated MLPs through torch.compile: what is one function already becomes one kernel."""
-    from inlay.fused import gate, norm
+    from inlay.kernels import gate, norm
 
     gate.gated, gate.gated_backward = (torch.compile(f, dynamic=True) for f in (gate.gated, gate.gated_backward))
     norm.normed, norm.normed_backward = (torch.compile(f, dynamic=True) for f in (norm.normed, norm.normed_backward))

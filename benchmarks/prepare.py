@@ -109,13 +109,13 @@ class Watched:
 
 
 def measure(path: Path, tokenizer: Any, title: str, length: int = 512) -> None:
-    import inlay.training.material  # noqa: F401  (its imports are no part of the work)
+    import inlay.runs.material  # noqa: F401  (its imports are no part of the work)
     from inlay.data.encode import Encoder
     from inlay.data.prepare import prepare
     from inlay.data.table import read_table
     from inlay.data.template import Columns, choose_template
-    from inlay.training.material import gather
-    from inlay.training.settings import Settings
+    from inlay.runs.material import gather
+    from inlay.runs.settings import Settings
 
     os.environ[PARALLEL] = "false"  # as the commands do; the pass itself switches threads on
     watched = Watched()

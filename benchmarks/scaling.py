@@ -63,8 +63,8 @@ class Case:
         self.plans = enter(bank, plans, len(self.examples))
 
     def step(self, bank) -> float:
+        from inlay.runtime.memory import Room
         from inlay.training.loop import _step
-        from inlay.training.memory import Room
 
         begun = time.perf_counter()
         _step(bank, self.plans, self.examples, Room(1 << 20, device=bank.model.device))
@@ -113,7 +113,7 @@ def alone(a: argparse.Namespace, number: int) -> int:
 
 
 def table(a: argparse.Namespace) -> None:
-    from inlay.training.memory import peak_memory_mb
+    from inlay.runtime.memory import peak_memory_mb
 
     cases = TABLES[a.what]()
     bank = attached(a)
@@ -144,8 +144,8 @@ def table(a: argparse.Namespace) -> None:
 def amount(a: argparse.Namespace) -> None:
     """Whole runs over growing data: the time must grow with it, and with nothing else."""
     from inlay.methods.table import METHODS
+    from inlay.runtime.memory import peak_memory_mb
     from inlay.training.loop import train
-    from inlay.training.memory import peak_memory_mb
     from inlay.training.plan import Plan
 
     shown = Table("data", "seconds", "ms a row", "peak MB so far")
@@ -183,7 +183,7 @@ def startup(a: argparse.Namespace) -> None:
     shown.add_row("inlay train --help", fastest(command, "train", "--help"))
     for label, code in {
         "import torch": "import torch",
-        "... and the training code": "import inlay.training.run",
+        "... and the training code": "import inlay.runs.run",
         "... and the base": f"from inlay.bases.load import load_base; load_base({a.base!r}, {a.dtype!r})",
     }.items():
         shown.add_row(label, fastest(sys.executable, "-c", code))

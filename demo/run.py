@@ -28,9 +28,9 @@ from inlay.evaluation.score import evaluate
 from inlay.files import write_json
 from inlay.formats.carried import carried
 from inlay.merging.merge import merge_to_folder
-from inlay.training.memory import peak_memory_mb
-from inlay.training.run import run
-from inlay.training.settings import Settings
+from inlay.runs.run import run
+from inlay.runs.settings import Settings
+from inlay.runtime.memory import peak_memory_mb
 
 HERE = Path(__file__).parent
 ROWS, TEST_ROWS = (int(os.environ.get(f"INLAY_DEMO_{name}", usual)) for name, usual in (("ROWS", 2000), ("TEST", 1000)))

@@ -17,7 +17,7 @@ import torch
 
 import inlay.files
 from inlay.errors import InlayError, UsageError
-from inlay.training.run import Settings, run
+from inlay.runs.run import Settings, run
 
 STEPS = 6
 
@@ -419,9 +419,9 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_folder(where, base_fol
         raise Boom
 
     spots = {
-        "estimate": "inlay.training.work.estimate_mb",
+        "estimate": "inlay.runs.work.estimate_mb",
         "first step": "inlay.training.loop._gradients",
-        "tracker": "inlay.training.run.Tracker",
+        "tracker": "inlay.runs.run.Tracker",
     }
     monkeypatch.setattr(spots[where], boom)
     with pytest.raises(Boom):
@@ -470,7 +470,7 @@ def test_what_needs_no_base_is_checked_before_it_is_loaded(more, said, base_fold
     def never(*args):
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("inlay.training.run.load_base", never)
+    monkeypatch.setattr("inlay.runs.run.load_base", never)
     with pytest.raises(InlayError, match=said):
         run(settings(base_folder, reviews, tmp_path / "run", **more), say=lambda line: None)
     assert not (tmp_path / "run").exists()
@@ -478,13 +478,13 @@ def test_what_needs_no_base_is_checked_before_it_is_loaded(more, said, base_fold
 
 def test_a_missing_library_is_named_before_the_base_is_loaded(base_folder, reviews, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
-    monkeypatch.setattr("inlay.training.run.load_base", None)
+    monkeypatch.setattr("inlay.runs.run.load_base", None)
     with pytest.raises(InlayError, match="lion needs"):
         run(settings(base_folder, reviews, tmp_path / "run", optimizer="lion"), say=lambda line: None)
 
 
 def test_folders_that_cannot_be_are_refused_at_once(base_folder, reviews, tmp_path, monkeypatch):
-    monkeypatch.setattr("inlay.training.run.load_base", None)
+    monkeypatch.setattr("inlay.runs.run.load_base", None)
     (tmp_path / "file").write_text("x")
     for out, said in ((tmp_path / "file" / "run", "which is a file"), (tmp_path / "file", "is a file")):
         with pytest.raises(UsageError, match=said):

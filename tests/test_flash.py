@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import inlay
-from inlay.stream import flash
+from inlay.batch import flash
 from test_laws import EXACT, bank_of, gradients, ids_of, lengths_of, rows_of
 from zoo import make
 

@@ -8,10 +8,10 @@ from torch import nn
 
 import inlay
 from inlay.bank.applying import SiteHooks
-from inlay.fused.gate import fused_gate
-from inlay.fused.norm import fused_norm
-from inlay.fused.twins import find_twins, in_place
-from inlay.methods.again import Again
+from inlay.kernels.again import Again
+from inlay.kernels.gate import fused_gate
+from inlay.kernels.norm import fused_norm
+from inlay.kernels.twins import find_twins, in_place
 from inlay.methods.table import METHODS
 from zoo import make
 

@@ -23,7 +23,7 @@ from inlay.data.table import read_table
 from inlay.data.template import Columns, choose_template
 from inlay.errors import InlayError
 from inlay.methods.table import METHODS
-from inlay.training.settings import Settings, make_method
+from inlay.runs.settings import Settings, make_method
 from inlay.values import fields_of
 
 settings.register_profile(

@@ -16,11 +16,11 @@ from inlay.data.template import Template
 from inlay.errors import InlayError, UsageError
 from inlay.evaluation.score import judge
 from inlay.methods.table import METHODS
+from inlay.runs.peaks import Peaks, why_otherwise
+from inlay.runs.run import run
+from inlay.runtime.memory import Room, current_memory_mb, parse_size, saved_bytes
 from inlay.training.loop import enter, go_on, train
-from inlay.training.memory import Room, current_memory_mb, parse_size, saved_bytes
-from inlay.training.peaks import Peaks, why_otherwise
 from inlay.training.plan import Plan
-from inlay.training.run import run
 from test_crash import reviews, settings  # noqa: F401
 from test_training import PLANS, examples
 from zoo import make
@@ -95,7 +95,7 @@ def test_the_limit_cuts_forwards_before_memory_runs_out(monkeypatch):
         seen.append(room.largest[0])
         return 50.0 * room.largest[0]
 
-    monkeypatch.setattr("inlay.training.memory.current_memory_mb", pretended)
+    monkeypatch.setattr("inlay.runtime.memory.current_memory_mb", pretended)
     room = Room(4096, limit_mb=600.0)
     again, _ = gradients(PLANS[:1], room)
     assert room.backed_off and "near the memory limit of 600 MB" in room.backed_off[0]["why"]
@@ -194,7 +194,7 @@ def test_a_peak_far_from_the_estimate_is_explained(highest, part, more, said):
 
 def test_the_part_that_raised_the_peak_last_is_remembered(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("inlay.training.peaks.peak_memory_mb", lambda: now[0])
+    monkeypatch.setattr("inlay.runs.peaks.peak_memory_mb", lambda: now[0])
     found = Peaks(torch.device("cpu"))
     for part, peak, tokens in (("loading", 100, 0), ("steps", 150, 7), ("scoring", 150, 0), ("steps", 150, 5)):
         now[0] = peak

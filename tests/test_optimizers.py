@@ -13,13 +13,13 @@ from transformers import get_scheduler
 
 import inlay
 from inlay.errors import UsageError
+from inlay.runs.state import pack, unpack
+from inlay.runtime.forward import Segment, token_losses
+from inlay.runtime.memory import Room
 from inlay.training import schedules
-from inlay.training.forward import Segment, token_losses
 from inlay.training.loop import enter, go_on, train
-from inlay.training.memory import Room
 from inlay.training.optimizers import OPTIMIZERS
 from inlay.training.plan import Plan
-from inlay.training.state import pack, unpack
 from test_training import examples, same
 from zoo import make
 

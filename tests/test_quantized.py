@@ -13,7 +13,7 @@ import inlay
 from inlay.bases.load import load_base
 from inlay.cli.app import app
 from inlay.errors import InlayError, UsageError
-from inlay.training.settings import differences
+from inlay.runs.settings import differences
 from zoo import make
 
 IDS = torch.randint(3, 48, (3, 5), generator=torch.Generator().manual_seed(0))

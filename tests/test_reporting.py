@@ -17,7 +17,7 @@ from inlay.reporting.command import command_of
 from inlay.reporting.markdown import code, fenced, plain
 from inlay.reporting.naming import named
 from inlay.reporting.words import breakable, cut_front, interval_text, label_text, score_text
-from inlay.training.settings import Settings
+from inlay.runs.settings import Settings
 from inlay.values import fields_of
 
 WORDS = {"0": ["bad"], "1": ["good", "great"]}

@@ -14,8 +14,8 @@ from inlay.evaluation.compare import compare
 from inlay.evaluation.intervals import intervals, mean_interval, student, tail, wilson
 from inlay.evaluation.rows import Confusion, RowScores
 from inlay.evaluation.score import Judged
-from inlay.training.outcome import Final
-from inlay.training.run import run
+from inlay.runs.outcome import Final
+from inlay.runs.run import run
 from test_crash import reviews, settings  # noqa: F401
 
 
@@ -287,7 +287,7 @@ def test_adapters_can_be_compared_row_by_row_in_python(ended, base_folder, revie
     from inlay.data.table import read_table
     from inlay.data.template import Template
     from inlay.evaluation.score import judge
-    from inlay.training.memory import Room
+    from inlay.runtime.memory import Room
 
     out, *_ = ended
     bank = inlay.attach(tf.AutoModelForCausalLM.from_pretrained(base_folder))

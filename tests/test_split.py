@@ -10,8 +10,8 @@ import pytest
 
 from inlay.data.split import HELDOUT_ROWS, Parts, content_key, equal_rows, halved, label_numbers, split_share
 from inlay.errors import UsageError
-from inlay.training.material import gather
-from inlay.training.settings import Settings
+from inlay.runs.material import gather
+from inlay.runs.settings import Settings
 
 
 def keys_of(texts):

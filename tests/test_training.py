@@ -11,14 +11,14 @@ import torch
 import inlay
 from inlay.data.encode import Example
 from inlay.errors import UsageError
+from inlay.runs.fitting import fit_of
+from inlay.runs.run import run as whole_run
+from inlay.runs.settings import Settings
+from inlay.runtime.forward import Segment, token_losses
+from inlay.runtime.memory import Room
 from inlay.sites.positions import positions_of, table_size
-from inlay.training.fitting import fit_of
-from inlay.training.forward import Segment, token_losses
 from inlay.training.loop import enter, go_on, train
-from inlay.training.memory import Room
 from inlay.training.plan import Plan
-from inlay.training.run import run as whole_run
-from inlay.training.settings import Settings
 from zoo import make
 
 

@@ -12,9 +12,9 @@ import inlay
 from inlay.data.yaml import read_yaml
 from inlay.errors import FormatError, UsageError
 from inlay.methods.table import CLASSES, METHODS
+from inlay.runs.settings import PANELS, Settings, make_method
 from inlay.training.optimizers import OPTIMIZERS
 from inlay.training.plan import Plan
-from inlay.training.settings import PANELS, Settings, make_method
 from inlay.values import fields_of
 
 GIVEN = {"data": "a.csv", "out": "run"}

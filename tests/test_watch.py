@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from inlay.errors import UsageError
 from inlay.evaluation.rows import RowScores
 from inlay.evaluation.score import Judged
-from inlay.training.run import run
-from inlay.training.watch import Watch
+from inlay.runs.run import run
+from inlay.runs.watch import Watch
 from test_crash import reviews, settings  # noqa: F401
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from inlay.batch.call import Call, current
+from inlay.batch.noise import Dropper, Noise
+from inlay.batch.padded import PaddedCall
+from inlay.batch.portions import Part, Portions
 from inlay.errors import UsageError
 from inlay.methods.contract import Method, Site, Structure
-from inlay.stream.call import Call, current
-from inlay.stream.noise import Dropper, Noise
-from inlay.stream.padded import PaddedCall
-from inlay.stream.portions import Part, Portions
 
 from .adapter import Adapter, stacked
 from .calls import Route

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.bases.fingerprint import fingerprint, same_base
+from inlay.batch.noise import Noise
+from inlay.batch.prefixes import KeysValues
+from inlay.batch.route import Blend, RowSpec, normalise
 from inlay.errors import FormatError, UsageError
 from inlay.files import write_json
 from inlay.formats.folders import adapter_folder
@@ -21,9 +24,6 @@ from inlay.formats.peft import read_peft, write_peft
 from inlay.methods.contract import Method, Params
 from inlay.sites.find import find
 from inlay.sites.probe import uses_interface
-from inlay.stream.noise import Noise
-from inlay.stream.prefixes import KeysValues
-from inlay.stream.route import Blend, RowSpec, normalise
 
 from .adapter import Adapter
 from .applying import SiteHooks

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from inlay.batch.attention import taken_over
+from inlay.batch.call import current, entered
+from inlay.batch.noise import Noise, shaken
+from inlay.batch.packed import PackedCall
+from inlay.batch.padded import PaddedCall, columns
+from inlay.batch.prefixes import KeysValues, Prefixes
+from inlay.batch.route import Blend
+from inlay.batch.stack import Stack, describe
 from inlay.errors import UsageError
-from inlay.fused.twins import find_twins, in_place
+from inlay.kernels.twins import find_twins, in_place
 from inlay.sites.find import Structure
 from inlay.sites.hints import CACHES
 from inlay.sites.probe import attention_configs, attention_sites, uses_interface
-from inlay.stream.attention import taken_over
-from inlay.stream.call import current, entered
-from inlay.stream.noise import Noise, shaken
-from inlay.stream.packed import PackedCall
-from inlay.stream.padded import PaddedCall, columns
-from inlay.stream.prefixes import KeysValues, Prefixes
-from inlay.stream.route import Blend
-from inlay.stream.stack import Stack, describe
 
 from .recompute import asleep
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from inlay.batch.stack import cache_name
 from inlay.sites.probe import attention_sites, uses_interface
-from inlay.stream.stack import cache_name
 
 from .calls import Route
 

@@ -56,7 +56,7 @@ class Bar:
                 self._rows = None
 
     def step(self, contender: Any, total: int) -> None:
-        from inlay.training.memory import current_memory_mb, peak_memory_mb
+        from inlay.runtime.memory import current_memory_mb, peak_memory_mb
 
         if self.task is None:
             self.progress.start()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
-from inlay.training.settings import (
+from inlay.runs.settings import (
     DATA,
     Base,
     Columns,
@@ -99,7 +99,7 @@ def _scored(given: Eval, folders: dict[str, Path], table: Table, reading: Carrie
     """Rows, and the metrics of the base and of each adapter, with their intervals."""
     from inlay.data.table import shuffled
     from inlay.evaluation.score import items_of, score
-    from inlay.training.memory import Room
+    from inlay.runtime.memory import Room
 
     rows = table.rows if given.limit is None else shuffled(table.rows, given.seed)[: given.limit]
     opened = open_bank(given, folders, reading)

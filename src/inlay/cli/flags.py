@@ -13,7 +13,7 @@ import typer
 
 from inlay.data.yaml import read_yaml
 from inlay.errors import UsageError
-from inlay.training.settings import PANELS
+from inlay.runs.settings import PANELS
 from inlay.values import Checked, Field, From, OneOf, fields_of
 
 from .common import Json, guarded

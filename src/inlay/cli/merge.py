@@ -7,7 +7,7 @@ from typing import Annotated
 
 from rich.console import Console
 
-from inlay.training.settings import Base, Dtype, as_path
+from inlay.runs.settings import Base, Dtype, as_path
 from inlay.values import Checked, From, Help
 
 from . import flags

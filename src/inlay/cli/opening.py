@@ -48,8 +48,8 @@ def open_bank(given: Loading, folders: Mapping[str, Path], reading: Carried, new
     from inlay.bases.load import load_base
     from inlay.data.encode import Encoder
     from inlay.formats.notes import read_notes
+    from inlay.runtime.forward import check_reads
     from inlay.sites.positions import positions_of, table_size
-    from inlay.training.forward import check_reads
 
     dtype = given.dtype
     if dtype == "auto":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from inlay.errors import UsageError
-from inlay.training.settings import DATA, Columns, Paths, Split, Template, TokensAtOnce, as_path
+from inlay.runs.settings import DATA, Columns, Paths, Split, Template, TokensAtOnce, as_path
 from inlay.values import Count, From, Help
 
 from . import flags
@@ -96,7 +96,7 @@ def _predicted(
     import torch
 
     from inlay.evaluation.predict import predicted_labels, predicted_texts
-    from inlay.training.memory import Room
+    from inlay.runtime.memory import Room
 
     bank, encoder = opened.bank, opened.encoder
     room = Room(given.tokens_at_once, device=next(bank.model.parameters()).device)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from inlay.errors import UsageError
-from inlay.training.settings import (
+from inlay.runs.settings import (
     DATA,
     Base,
     Columns,
@@ -67,7 +67,7 @@ def command(given: Preview, as_json: bool) -> None:
     from inlay.data.table import duplicates, read_table
     from inlay.formats.folders import adapter_folder
     from inlay.formats.reading import reading_of
-    from inlay.training.settings import make_method
+    from inlay.runs.settings import make_method
 
     made = make_method(given.method, given.set)
     folders = [] if given.adapter is None else [adapter_folder(given.adapter)]

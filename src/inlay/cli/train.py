@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from inlay.errors import UsageError
-from inlay.training.settings import Settings
+from inlay.runs.settings import Settings
 
 from . import flags
 from .bar import Bar
@@ -25,7 +25,7 @@ def _earlier(given: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("--resume does not say what to go on with", "Give --out: the run's folder.")
     if not isinstance(given["out"], str):
         return {}
-    from inlay.training.folder import RunFolder
+    from inlay.runs.folder import RunFolder
     from inlay.values import fields_of
 
     config = dict(RunFolder(given["out"]).told().get("config", {}))
@@ -45,7 +45,7 @@ def command(settings: Settings, as_json: bool) -> None:
 
         inlay train --data reviews.csv --out runs/reviews
     """
-    from inlay.training.run import run
+    from inlay.runs.run import run
 
     with Bar() as bar:
         result = run(settings, bar.step, bar.say, bar.preparing)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Gt, Le
 
 from inlay.errors import UsageError
-from inlay.training.settings import Base, Device, Dtype, Quantize
+from inlay.runs.settings import Base, Device, Dtype, Quantize
 from inlay.values import Checked, Count, Help, NonNegative, Seed
 
 from .opening import open_bank

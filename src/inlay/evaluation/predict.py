@@ -12,7 +12,7 @@ from inlay.bank.bank import Bank
 from inlay.data.encode import Choices, Encoder
 from inlay.data.rows import Row
 from inlay.errors import DataError, DroppedRow, UsageError
-from inlay.training.memory import Room
+from inlay.runtime.memory import Room
 
 from .score import Items, score
 

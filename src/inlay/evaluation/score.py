@@ -17,8 +17,8 @@ from inlay.data.encode import PIECE, Choices, Encoder, Example
 from inlay.data.prepare import Examples, prepare
 from inlay.data.rows import Row, as_rows
 from inlay.errors import DataError, DroppedRow, UsageError
-from inlay.training.forward import Segment, scored
-from inlay.training.memory import Room, within
+from inlay.runtime.forward import Segment, scored
+from inlay.runtime.memory import Room, within
 
 from .compare import HIGHER
 from .intervals import Interval, intervals

@@ -23,9 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from inlay.errors import FormatError, UsageError
+from inlay.kernels.again import keep, kept
 from inlay.values import Count, Help, Positive
 
-from .again import keep, kept
 from .contract import Dropout, Layers, Method, Params, Site, Structure, Targets, check_pattern, select_projections
 
 __all__ = ["LoRA"]

@@ -29,7 +29,7 @@ def command_of(story: Mapping[str, Any], portable: bool = False) -> str:
 
 def command_parts(story: Mapping[str, Any], portable: bool = False) -> list[str]:
     """As `command_of`, argument by argument and not quoted."""
-    from inlay.training.settings import Settings
+    from inlay.runs.settings import Settings
 
     config = story.get("config") or {}
     if not config.get("data"):

@@ -12,10 +12,10 @@ from torch import Tensor
 from inlay.bank.adapter import Adapter
 from inlay.bank.bank import Bank
 from inlay.data.encode import Example
+from inlay.runtime.forward import Segment, batches, check_trainable, token_losses
+from inlay.runtime.memory import Room, bound_kernels, within
 
 from .contender import Contender
-from .forward import Segment, batches, check_trainable, token_losses
-from .memory import Room, bound_kernels, within
 from .plan import Plan
 
 __all__ = ["enter", "go_on", "train"]

@@ -18,10 +18,10 @@ from inlay.formats.folders import adapter_folder
 
 from .folder import RunFolder
 from .libraries import check_libraries
-from .loop import enter
+from inlay.training.loop import enter
 from .material import Material, gather
-from .memory import Room, bound_kernels, parse_size, peak_memory_mb
-from .plan import Plan
+from inlay.runtime.memory import Room, bound_kernels, parse_size, peak_memory_mb
+from inlay.training.plan import Plan
 from .resuming import check_same, start_of
 from .settings import Settings, make_method, plan_of
 from .trackers import Tracker

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .memory import peak_memory_mb
+from inlay.runtime.memory import peak_memory_mb
 
 __all__ = ["Peaks", "why_otherwise"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from inlay.methods.again import Again
+from .again import Again
 
 __all__ = ["fused_gate"]
 

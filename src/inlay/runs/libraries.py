@@ -7,7 +7,7 @@ from torch import nn
 
 from inlay.errors import InlayError, UsageError
 
-from .optimizers import make_optimizer
+from inlay.training.optimizers import make_optimizer
 from .settings import Settings
 
 __all__ = ["check_libraries"]

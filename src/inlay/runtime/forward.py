@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.bank.bank import Bank
+from inlay.batch.noise import Noise, Shake
+from inlay.batch.route import RowSpec
 from inlay.data.encode import Example
 from inlay.errors import UsageError
-from inlay.stream.noise import Noise, Shake
-from inlay.stream.route import RowSpec
 
 from .memory import Room
 

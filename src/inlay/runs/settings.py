@@ -18,8 +18,8 @@ from inlay.errors import UsageError
 from inlay.methods.table import METHODS
 from inlay.values import Count, From, Help, OneOf, fields_of
 
-from .plan import COURSE, Course, Plan
-from .sizes import size_mb
+from inlay.training.plan import COURSE, Course, Plan
+from inlay.runtime.sizes import size_mb
 
 if TYPE_CHECKING:
     from inlay.methods.contract import Method

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from inlay.methods.again import Again
+from .again import Again
 
 __all__ = ["fused_norm"]
 

@@ -11,9 +11,9 @@ from inlay.bank.bank import Bank
 from inlay.data.encode import Example
 from inlay.data.prepare import token_counts
 
-from .contender import Contender
-from .forward import Segment, token_losses
-from .memory import MB, Room, current_memory_mb, saved_bytes
+from inlay.training.contender import Contender
+from inlay.runtime.forward import Segment, token_losses
+from inlay.runtime.memory import MB, Room, current_memory_mb, saved_bytes
 
 __all__ = ["estimate_mb"]
 

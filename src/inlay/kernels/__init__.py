@@ -1,0 +1,1 @@
+"""Tensor code that knows no method: fused modules, and tensors made again in the backward."""

@@ -1,1 +1,0 @@
-"""Which adapter each row belongs to."""
