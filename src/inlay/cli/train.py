@@ -81,6 +81,8 @@ def _show(settings: Settings, result: Mapping[str, Any]) -> None:
     out.print("\n".join(f"{name:8} {path}" for name, path in lines), markup=False, soft_wrap=True)
     base = "" if settings.base == "smollm2" else f" --base {shlex.quote(settings.base)}"
     adapter = f"{base} --adapter {shlex.quote(settings.out)}"
+    if result["status"].startswith("diverged"):
+        return
     out.print("\nnext:", style="dim")
     for line in (
         f"inlay predict{adapter} --data NEW.csv --out said.csv",
