@@ -10,10 +10,9 @@ import torch
 from inlay.bank.bank import Bank
 from inlay.data.encode import Example
 from inlay.data.prepare import token_counts
-
-from inlay.training.contender import Contender
 from inlay.runtime.forward import Segment, token_losses
 from inlay.runtime.memory import MB, Room, current_memory_mb, saved_bytes
+from inlay.training.contender import Contender
 
 __all__ = ["estimate_mb"]
 

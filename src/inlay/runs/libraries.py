@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from inlay.errors import InlayError, UsageError
-
 from inlay.training.optimizers import make_optimizer
+
 from .settings import Settings
 
 __all__ = ["check_libraries"]

@@ -15,13 +15,13 @@ from inlay.errors import UsageError
 from inlay.evaluation.score import metrics_of
 from inlay.formats.carried import Carried, carried
 from inlay.formats.folders import adapter_folder
+from inlay.runtime.memory import Room, bound_kernels, parse_size, peak_memory_mb
+from inlay.training.loop import enter
+from inlay.training.plan import Plan
 
 from .folder import RunFolder
 from .libraries import check_libraries
-from inlay.training.loop import enter
 from .material import Material, gather
-from inlay.runtime.memory import Room, bound_kernels, parse_size, peak_memory_mb
-from inlay.training.plan import Plan
 from .resuming import check_same, start_of
 from .settings import Settings, make_method, plan_of
 from .trackers import Tracker

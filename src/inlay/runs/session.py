@@ -14,13 +14,13 @@ from inlay.bank.bank import Bank
 from inlay.data.encode import Example
 from inlay.errors import FormatError
 from inlay.evaluation.score import Items, score
+from inlay.runtime.memory import Room, current_memory_mb, peak_memory_mb
+from inlay.training.contender import Contender
+from inlay.training.loop import go_on
 
 from .checkpoint import Checkpoints
-from inlay.training.contender import Contender
 from .folder import RunFolder
 from .journal import Journal
-from inlay.training.loop import go_on
-from inlay.runtime.memory import Room, current_memory_mb, peak_memory_mb
 from .peaks import Peaks
 from .signals import Asked, asked_to_stop
 from .trackers import Tracker

@@ -16,10 +16,9 @@ from inlay.bases.choices import DTYPES, QUANTIZATIONS
 from inlay.data.places import PLACES
 from inlay.errors import UsageError
 from inlay.methods.table import METHODS
-from inlay.values import Count, From, Help, OneOf, fields_of
-
-from inlay.training.plan import COURSE, Course, Plan
 from inlay.runtime.sizes import size_mb
+from inlay.training.plan import COURSE, Course, Plan
+from inlay.values import Count, From, Help, OneOf, fields_of
 
 if TYPE_CHECKING:
     from inlay.methods.contract import Method

@@ -23,18 +23,18 @@ from inlay.data.table import Rows
 from inlay.errors import InlayError, UsageError
 from inlay.evaluation.score import Items, NoneLeft, items_of, score
 from inlay.files import write_json, write_text
+from inlay.runtime.forward import check_reads
+from inlay.runtime.memory import Room, peak_memory_mb
 from inlay.sites.positions import table_size
-
 from inlay.training.contender import Contender
+from inlay.training.plan import Plan
+
 from .estimate import estimate_mb
 from .fitting import fit_of
 from .folder import RunFolder
-from inlay.runtime.forward import check_reads
 from .material import Material, lengths
-from inlay.runtime.memory import Room, peak_memory_mb
 from .outcome import Final, final_lines, finite
 from .peaks import why_otherwise
-from inlay.training.plan import Plan
 from .resuming import Start
 from .samples import samples
 from .session import Session
