@@ -115,7 +115,8 @@ def ours(a: argparse.Namespace, rows: list[list[int]]) -> dict:
     import inlay
     from inlay.bases.load import load_base
     from inlay.data.encode import Example
-    from inlay.training.loop import train
+    from inlay.runtime.memory import TokenBudget
+    from inlay.training.loop import add_learners, train_steps
     from inlay.training.plan import Plan
 
     if "compiled" in a.only:
@@ -127,7 +128,9 @@ def ours(a: argparse.Namespace, rows: list[list[int]]) -> dict:
         for number, row in enumerate(rows)
     ]
     plan = Plan("a", inlay.LoRA(), lr=RATE, batch_size=a.batch, epochs=2.0)
-    train(bank, [plan], examples, 1 << 20, on_step=lambda contenders: clock.step(contenders[0].loss))
+    learners = add_learners(bank, [plan], len(examples))
+    for _ in train_steps(bank, learners, examples, TokenBudget(1 << 20, device=bank.model.device)):
+        clock.step(learners[0].loss)
     return clock.result(sum(map(len, rows)))
 
 

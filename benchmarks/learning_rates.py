@@ -36,6 +36,10 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "ia3": ("ia3", {}, GRID[3:7]),
     "houlsby": ("houlsby", {}, GRID[1:5]),
     "pfeiffer": ("pfeiffer", {}, GRID[1:5]),
+    "parallel": ("parallel", {}, GRID[:4]),
+    "scaled parallel": ("scaled_parallel", {}, GRID[:4]),
+    "mam": ("mam", {}, GRID[:4]),
+    "loreft": ("loreft", {}, GRID[1:5]),
     "norm": ("norm", {}, GRID[1:5]),
     "prefix": ("prefix", {}, GRID[3:7]),
     "prefix, projected": ("prefix", {"prefix_projection": True}, GRID[1:5]),
@@ -72,16 +76,16 @@ def tried(bank: inlay.Bank, encoder: Encoder, case: str, a: argparse.Namespace) 
     rows, test = reviews(a)
     plans = [Plan(f"{rate:g}", METHODS[name](**settings), lr=rate, seed=a.seed) for rate in rates]
     start = time.perf_counter()
-    contenders = {c.plan.name: c for c in train(bank, plans, prepare(encoder, rows).examples)}
+    learners = {c.plan.name: c for c in train(bank, plans, prepare(encoder, rows).examples)}
     seconds = time.perf_counter() - start
-    fine = [name for name, contender in contenders.items() if not contender.diverged]
+    fine = [name for name, learner in learners.items() if not learner.diverged]
     scores = evaluate(bank, encoder, test, [None, *fine])
     found = [
         {"case": case, "rate": float(name), "seed": a.seed, "seconds": seconds / len(rates), "stopped": c.stopped,
          "base": scores[None], **scores.get(name, {})}
-        for name, c in contenders.items()
+        for name, c in learners.items()
     ]  # fmt: skip
-    for name in contenders:
+    for name in learners:
         bank.remove(name)
     return found
 

@@ -109,20 +109,20 @@ class Watched:
 
 
 def measure(path: Path, tokenizer: Any, title: str, length: int = 512) -> None:
-    import inlay.runs.material  # noqa: F401  (its imports are no part of the work)
+    import inlay.runs.dataset  # noqa: F401  (its imports are no part of the work)
+    from inlay.data.choose import Columns, choose_template
     from inlay.data.encode import Encoder
     from inlay.data.prepare import prepare
     from inlay.data.table import read_table
-    from inlay.data.template import Columns, choose_template
-    from inlay.runs.material import gather
+    from inlay.runs.dataset import load_dataset
     from inlay.runs.settings import Settings
 
     os.environ[PARALLEL] = "false"  # as the commands do; the pass itself switches threads on
     watched = Watched()
     if "label" in path.name:
         settings = Settings(data=[str(path)], out="unused", template=TEMPLATE, verbalizer=WORDS)
-        material = watched.part("read, check, split and shuffle", lambda: gather(settings))
-        rows, template = material.rows, material.template
+        dataset = watched.part("read, check, split and shuffle", lambda: load_dataset(settings))
+        rows, template = dataset.rows, dataset.template
     else:
         table = watched.part("read", lambda: read_table(path))
         rows, template = table.rows, choose_template(table, Columns())

@@ -1,9 +1,9 @@
-"""What a training step costs: by method, rank, row length, amount of data, tokens a step and contenders in a stream.
+"""What a training step costs: by method, rank, row length, amount of data, tokens a step and learners in a stream.
 
 All cases of a table are trained in turn, step by step, in one process, so that a noisy machine is noisy for all; memory
 is what a process of its own needs at most. Figures are medians of warm steps.
 
-    python benchmarks/scaling.py methods|ranks|lengths|data|steps|contenders [--dtype float32]
+    python benchmarks/scaling.py methods|ranks|lengths|data|steps|learners [--dtype float32]
     python benchmarks/scaling.py startup
 """
 
@@ -33,20 +33,20 @@ def arguments() -> argparse.Namespace:
 
 
 class Case:
-    """One row of a table: contenders that take steps of `rows` rows of `length` random tokens, 2 of them learned."""
+    """One row of a table: learners that take steps of `rows` rows of `length` random tokens, 2 of them learned."""
 
-    def __init__(self, label: str, rows: int, length: int, contenders: int = 1, method: str = "lora", **settings):
+    def __init__(self, label: str, rows: int, length: int, learners: int = 1, method: str = "lora", **settings):
         self.label, self.rows, self.length = label, rows, length
-        self.contenders, self.method, self.settings = contenders, method, settings
+        self.learners, self.method, self.settings = learners, method, settings
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.length * self.contenders
+        return self.rows * self.length * self.learners
 
-    def enter(self, bank, number: int) -> None:
+    def add_learners(self, bank, number: int) -> None:
         from inlay.data.encode import Example
         from inlay.methods.table import METHODS
-        from inlay.training.loop import enter
+        from inlay.training.loop import add_learners
         from inlay.training.plan import Plan
 
         draw = random.Random(number)
@@ -54,20 +54,18 @@ class Case:
         learned = (*[False] * (self.length - 2), True, True)
         self.examples = [
             Example(tuple(draw.randrange(count) for _ in range(self.length)), learned, sample=n)
-            for n in range(self.rows * max(4, self.contenders))
+            for n in range(self.rows * max(4, self.learners))
         ]
         method = METHODS[self.method](**self.settings)
-        plans = [
-            Plan(f"{number}-{n}", method, batch_size=self.rows, steps=10**6, seed=n) for n in range(self.contenders)
-        ]
-        self.plans = enter(bank, plans, len(self.examples))
+        plans = [Plan(f"{number}-{n}", method, batch_size=self.rows, steps=10**6, seed=n) for n in range(self.learners)]
+        self.plans = add_learners(bank, plans, len(self.examples))
 
     def step(self, bank) -> float:
-        from inlay.runtime.memory import Room
+        from inlay.runtime.memory import TokenBudget
         from inlay.training.loop import _step
 
         begun = time.perf_counter()
-        _step(bank, self.plans, self.examples, Room(1 << 20, device=bank.model.device))
+        _step(bank, self.plans, self.examples, TokenBudget(1 << 20, device=bank.model.device))
         return time.perf_counter() - begun
 
 
@@ -89,11 +87,11 @@ def steps() -> list[Case]:
     return [Case(f"{rows * 64} tokens", rows, 64) for rows in (1, 2, 4, 8, 16)]
 
 
-def contenders() -> list[Case]:
-    return [Case("1 adapter, 16 rows of 64", 16, 64), Case("16 adapters, a row of 64 each", 1, 64, contenders=16)]
+def learners() -> list[Case]:
+    return [Case("1 adapter, 16 rows of 64", 16, 64), Case("16 adapters, a row of 64 each", 1, 64, learners=16)]
 
 
-TABLES = {f.__name__: f for f in (methods, ranks, lengths, steps, contenders)}
+TABLES = {f.__name__: f for f in (methods, ranks, lengths, steps, learners)}
 
 
 def attached(a: argparse.Namespace):
@@ -118,14 +116,14 @@ def table(a: argparse.Namespace) -> None:
     cases = TABLES[a.what]()
     bank = attached(a)
     if a.only is not None:
-        cases[a.only].enter(bank, a.only)
+        cases[a.only].add_learners(bank, a.only)
         for _ in range(4):
             cases[a.only].step(bank)
         print(round(peak_memory_mb()))
         return
     times: list[list[float]] = [[] for _ in cases]
     for number, case in enumerate(cases):
-        case.enter(bank, number)
+        case.add_learners(bank, number)
     for turn in range(a.rounds + 2):
         for case, own in zip(cases, times, strict=True):
             own.append(case.step(bank))
@@ -152,7 +150,7 @@ def amount(a: argparse.Namespace) -> None:
     bank = attached(a)
     for number, (label, rows) in enumerate((("warm-up", 64), ("1x", 64), ("4x", 256), ("16x", 1024))):
         case = Case(label, 16, 32)
-        case.enter(bank, number)
+        case.add_learners(bank, number)
         made = [case.examples[n % len(case.examples)] for n in range(rows)]
         begun = time.perf_counter()
         train(bank, [Plan(f"run-{number}", METHODS["lora"]())], made)
@@ -190,7 +188,7 @@ def startup(a: argparse.Namespace) -> None:
     bank = attached(a)
     begun = time.perf_counter()
     case = Case("first", 16, 32)
-    case.enter(bank, 0)
+    case.add_learners(bank, 0)
     shown.add_row("adapter and optimizer made", f"{time.perf_counter() - begun:.2f}")
     shown.add_row("first step of 512 tokens", f"{case.step(bank):.2f}")
     shown.add_row("second step", f"{case.step(bank):.2f}")

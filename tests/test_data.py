@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from inlay.data.choose import Columns, choose_template
 from inlay.data.encode import Encoder
+from inlay.data.labels import parse_verbalizer
 from inlay.data.prepare import prepare
 from inlay.data.table import read_table
-from inlay.data.template import Columns, Template, choose_template, parse_verbalizer
+from inlay.data.template import Template
 from inlay.errors import DataError, UsageError
 
 
@@ -81,7 +83,7 @@ def table_of(tmp_path, rows):
 
 
 def learned(tokenizer, example):
-    return tokenizer.decode([i for i, on in zip(example.ids, example.learned, strict=True) if on])
+    return tokenizer.decode([i for i, on in zip(example.ids, example.loss_mask, strict=True) if on])
 
 
 def test_a_cloze_learns_its_word_and_the_end(tmp_path, tokenizer):

@@ -17,11 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inlay.data.choose import ALPACA_SHORT
+from inlay.data.choose import ALPACA_SHORT, Columns, choose_template
 from inlay.data.encode import Encoder
 from inlay.data.prepare import prepare
 from inlay.data.table import duplicates, read_table
-from inlay.data.template import Columns, choose_template
 from inlay.errors import DataError, InlayError, UsageError
 from test_cli import answer
 
@@ -111,7 +110,7 @@ def test_alpacas_prompt_is_shorter_without_an_input(tokenizer, tmp_path):
     assert "### Input:\nfilm" in template.prompt_of(table.rows[1])
     chat = choose_template(table, Columns(), "chat")
     assert [chat.prompt_of(row) for row in table.rows[:2]] == ["question", "question\n\nfilm"]
-    assert Encoder(tokenizer, chat, 100).example(table.rows[0]).learned[-1]
+    assert Encoder(tokenizer, chat, 100).example(table.rows[0]).loss_mask[-1]
 
 
 def test_items_of_a_json_list_know_their_lines(tmp_path):
@@ -577,3 +576,38 @@ def test_a_file_of_a_long_row_is_whole(tmp_path):
     for name in ("a.csv", "a.jsonl", "a.json"):
         rows = read_table(tmp_path / name).rows
         assert [row.values for row in rows] == [{"text": long, "label": "1"}, {"text": "b", "label": "0"}]
+
+
+# ---- folders that `datasets` saved
+
+
+def test_only_the_files_of_the_dataset_are_read(tmp_path):
+    save_dataset(tmp_path / "saved", LABELLED)
+    shard = next((tmp_path / "saved").glob("*.arrow"))
+    (tmp_path / "saved" / "cache-1234.arrow").write_bytes(shard.read_bytes())  # as `datasets` leaves what it maps
+    assert len(read_table(tmp_path / "saved").rows) == len(LABELLED)
+    (tmp_path / "saved" / "state.json").unlink()
+    assert len(read_table(tmp_path / "saved").rows) == len(LABELLED)
+
+
+def test_a_dataset_that_lacks_a_file_or_its_list_is_refused(tmp_path):
+    save_dataset(tmp_path / "saved", LABELLED)
+    shard = next((tmp_path / "saved").glob("*.arrow"))
+    shard.rename(tmp_path / "saved" / "other.arrow")
+    with pytest.raises(DataError, match=rf"{shard.name} cannot be read \(No such file"):
+        read_table(tmp_path / "saved")
+    for text in ("{", "[]", '{"_data_files": 3}', '{"_data_files": [{}]}'):
+        (tmp_path / "saved" / "state.json").write_text(text)
+        with pytest.raises(DataError, match=r"state\.json does not list"):
+            read_table(tmp_path / "saved")
+
+
+def test_a_data_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    save_dataset(tmp_path / "saved", LABELLED)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+    with pytest.raises(UsageError, match=r"data folder .*saved cannot be read \(Permission denied\)"):
+        read_table(tmp_path / "saved")

@@ -73,7 +73,7 @@ def test_the_answer_begins_where_prompt_and_whole_part(tokenizer):
         prompt, whole = one.values["prompt"], one.values["prompt"] + one.values["completion"]
         ids = [*words.opening, *plain(tokenizer, whole)]
         assert list(found[0].ids[: len(ids)]) == ids
-        assert found[0].learned.index(True) == len(words.opening) + parting(tokenizer, prompt, whole)
+        assert found[0].loss_mask.index(True) == len(words.opening) + parting(tokenizer, prompt, whole)
         assert found == encoder.drafts([one])[0]
 
 
@@ -136,7 +136,7 @@ def test_markup_of_the_template_is_meant_and_that_of_the_text_is_not():
     for one in (usual, forged):
         example, choices = encoder.example(one), encoder.choices(one)
         assert example.ids.count(start) == example.ids.count(end) == 2
-        learned = [i for i, on in zip(example.ids, example.learned, strict=True) if on]
+        learned = [i for i, on in zip(example.ids, example.loss_mask, strict=True) if on]
         assert tokenizer.decode(learned) == "positive<|im_end|></s>"
         assert example.ids[: len(choices.prompt)] == choices.prompt == tuple(encoder.prompt_ids(one))
         assert one.values["text"] in tokenizer.decode(example.ids)
@@ -164,7 +164,7 @@ def test_texts_longer_than_a_row_come_in_pieces(tokenizer):
         if length > len(words.opening) + 1:
             joined = [token for example in found for token in example.ids[lead:]]
             assert joined == whole
-            assert all(len(e.ids) <= length and all(e.learned) and len(e.ids) == len(e.learned) for e in found)
+            assert all(len(e.ids) <= length and all(e.loss_mask) and len(e.ids) == len(e.loss_mask) for e in found)
             assert [e.sample for e in found] == [3 + (n << PIECE) for n in range(len(found))]
             assert all(e.ids[:lead] == tuple(words.opening) for e in found)
     prepared = prepare(Encoder(tokenizer, TEXT, 50), [row(text=text), row(1, text="a good film")])
@@ -190,11 +190,11 @@ def test_hopelessly_long_prompts_are_cut_as_shorter_ones_are(filler, tokenizer):
     huge, much = (filler * (size // len(filler)) for size in (700_000, 6000))
     label, pairs = Encoder(tokenizer, LABEL, 40), Encoder(tokenizer, PAIRS, 40)
     found, usual = (label.example(row(text="start " + words, label=1)) for words in (huge, much))
-    assert found.ids == usual.ids and found.learned == usual.learned and found.cut
+    assert found.ids == usual.ids and found.loss_mask == usual.loss_mask and found.cut
     sizes = [len(label.example(row(text="start " + huge, label=one)).ids) for one in (0, 1)]
     assert max(sizes) == 40 and len(found.ids) == sizes[1]
     found, usual = (pairs.example(row(prompt=words + " end", completion=" answer")) for words in (huge, much))
-    assert found.ids == usual.ids and found.learned == usual.learned and found.cut
+    assert found.ids == usual.ids and found.loss_mask == usual.loss_mask and found.cut
     (dropped,) = pairs.encode([row(prompt="a", completion=huge)])
     assert isinstance(dropped, DroppedRow) and dropped.reason == "answer too long"
 
@@ -207,8 +207,10 @@ def test_what_opens_a_text_stays_with_the_virtual_tokens_behind_it(length, token
     one, judged = row(prompt="film " * 60, completion=" answer"), row(text="film " * 60, label=1)
     example = pairs.example(one)
     assert (example.cut > 0) == (length == 30) and example.ids[:lead] == tuple(Words(tokenizer).opening)
-    assert example.place == pairs.prompt(one)[1] == min(lead, 1)
-    assert label.example(judged).place == label.choices(judged).place == label.prompt(judged)[1] == min(lead, 1)
+    assert example.virtual_at == pairs.prompt(one)[1] == min(lead, 1)
+    assert (
+        label.example(judged).virtual_at == label.choices(judged).virtual_at == label.prompt(judged)[1] == min(lead, 1)
+    )
 
 
 def test_a_prompt_is_parted_as_it_is_before_its_answer(tokenizer):
@@ -219,7 +221,7 @@ def test_a_prompt_is_parted_as_it_is_before_its_answer(tokenizer):
         example, asked = encoder.example(one), encoder.prompt_ids(one)
         assert example.ids[: len(asked)] == tuple(asked), repr(end)
         if isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
-            learned = [i for i, on in zip(example.ids, example.learned, strict=True) if on]
+            learned = [i for i, on in zip(example.ids, example.loss_mask, strict=True) if on]
             assert tokenizer.decode(learned).startswith("好")
 
 

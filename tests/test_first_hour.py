@@ -360,7 +360,7 @@ def test_the_command_is_there_in_every_way(base_folder):
         text=True,
         env={**os.environ, "COLUMNS": "200"},
     )
-    for choice in ("linear|cosine|constant", "lora|ia3", "schedule-free", "auto|float32", "[default: (16)]"):
+    for choice in ("linear|cosine|constant", "lora|dora", "schedule-free", "auto|float32", "[default: (16)]"):
         assert choice in help_.stdout, choice
     explained = answer("methods", "lora")["methods"]["lora"]
     assert explained["lr"] > 0 and all(one["help"] for one in explained["settings"].values())

@@ -15,13 +15,14 @@ BLOCKS = re.findall(r"```python( peft)?\n(.*?)```", PAGE.read_text(encoding="utf
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_block_of_the_page_runs(tmp_path):
+def test_every_block_of_the_page_runs(tokenizer, tmp_path):
     ids = torch.tensor([[3, 9, 4, 7], [5, 6, 8, 2]])
     given = {
         "base": lambda: make("llama", dtype=torch.float32),
         "ids": ids,
         "mask": torch.ones_like(ids),
         "folder": tmp_path,
+        "tokenizer": tokenizer,
     }
     theirs, ours = dict(given), dict(given)
     assert len(BLOCKS) >= 9
@@ -30,6 +31,8 @@ def test_every_block_of_the_page_runs(tmp_path):
         if "mixed" in theirs and "mixed" in ours:
             torch.testing.assert_close(theirs["mixed"].logits, ours["mixed"].logits, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(theirs["plain"].logits, ours["plain"].logits, rtol=1e-4, atol=1e-5)
+    assert ours["text"] and ours["text"] == ours["again"]
+    assert torch.equal(ours["both"][0], ours["answer"])
     for name in ("ours", "theirs", "loop", "trained"):
         assert (tmp_path / name / "adapter_model.safetensors").exists()
 

@@ -1,4 +1,4 @@
-"""Fused modules give what the base's own give, and are in place only while gradients are taken."""
+"""Fused modules give what the base's own give, and are used only while gradients are taken."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 import inlay
 from inlay.bank.applying import SiteHooks
-from inlay.kernels.again import Again
+from inlay.kernels.fused import fused_modules
 from inlay.kernels.gate import fused_gate
 from inlay.kernels.norm import fused_norm
-from inlay.kernels.twins import find_twins, in_place
+from inlay.kernels.recomputed import Recomputed
 from inlay.methods.table import METHODS
 from zoo import make
 
@@ -23,7 +23,7 @@ def frozen(name):
 
 
 def kinds(model):
-    return {type(module).__name__ for module in find_twins(model)}
+    return {type(module).__name__ for module in fused_modules(model)}
 
 
 def test_norms_and_gates_of_llama_are_found_and_those_of_others_left_alone():
@@ -45,7 +45,7 @@ def test_a_module_that_only_looks_alike_keeps_its_own_forward():
 
     model = nn.Sequential(Louder()).requires_grad_(False)
     assert fused_norm(model[0]) is not None
-    assert not find_twins(model)
+    assert not fused_modules(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,29 +68,31 @@ def test_values_and_gradients_are_the_modules_own(kind, dtype):
         torch.testing.assert_close(ours, own, rtol=noise, atol=noise)
 
 
-def test_they_are_in_place_in_training_alone_and_for_one_call():
+def calls_of(module, monkeypatch):
+    """Counts how often a module's own class computes it."""
+    seen, own = [], type(module).forward
+    monkeypatch.setattr(type(module), "forward", lambda self, x: seen.append(self) or own(self, x))
+    return seen
+
+
+def test_they_are_used_in_training_under_a_route_alone(monkeypatch):
     model = frozen("llama")
     bank = inlay.attach(model)
     bank.add("a", inlay.LoRA(r=2), seed=0)
-    seen = []
-    model.model.norm.register_forward_hook(lambda module, *_: seen.append("forward" in vars(module)))
+    own = calls_of(model.model.norm, monkeypatch)
     with bank.route(["a"]):
+        model(input_ids=IDS)  # the first forward tries them
+        own.clear()
         model(input_ids=IDS)
+        assert not own
         with torch.no_grad():
             model(input_ids=IDS)
+        assert own
+    own.clear()
     model(input_ids=IDS)
-    assert seen == [True, False, False]
+    assert own
+    bank.detach()
     assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_a_nested_use_leaves_the_outer_one_in_place():
-    model = frozen("llama")
-    twins = find_twins(model)
-    with in_place(twins):
-        with in_place(twins):
-            pass
-        assert all("forward" in vars(module) for module in twins)
-    assert not any("forward" in vars(module) for module in twins)
 
 
 def test_a_call_that_breaks_off_leaves_the_next_one_whole():
@@ -101,6 +103,7 @@ def test_a_call_that_breaks_off_leaves_the_next_one_whole():
         model(input_ids=torch.tensor([[10**6]]))
     with bank.route(["a"]):
         model(input_ids=IDS)
+    bank.detach()
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -122,16 +125,16 @@ def trained(name, **settings):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3", "qwen3_moe"])
 def test_an_adapter_that_takes_the_bases_product_along_has_the_same_gradients(name, monkeypatch):
     bank, taken = trained(name), []
-    asked = SiteHooks._takes_product
+    asked = SiteHooks._rides_along
 
     def counted(*args):
         taken.append(asked(*args))
         return taken[-1]
 
-    monkeypatch.setattr(SiteHooks, "_takes_product", counted)
+    monkeypatch.setattr(SiteHooks, "_rides_along", counted)
     ours = gradients(bank, ["a"])
     assert any(taken) == (name != "gpt2")  # whose projections are no linear layers
-    monkeypatch.setattr(SiteHooks, "_takes_product", lambda *args: False)
+    monkeypatch.setattr(SiteHooks, "_rides_along", lambda *args: False)
     for own, expected in zip(ours, gradients(bank, ["a"]), strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
 
@@ -140,16 +143,16 @@ def test_adapters_that_are_computed_together_take_it_along_too(monkeypatch):
     bank = trained("llama")
     bank.add("b", inlay.LoRA(r=2), seed=1)
     bank.add("c", inlay.LoRA(r=3), seed=1)
-    asked = SiteHooks._takes_product
+    asked = SiteHooks._rides_along
     uneven, even, other = [("a", 3), ("b", 5), ("b", 4)], [("a", 6), ("b", 6)], [("a", 6), ("c", 6)]
-    for segments, takes in ((uneven, False), (even, True), (other, False)):
+    for segments in (uneven, even, other):
         made, taken = [], []
         for kind in (lambda *args, seen=taken: seen.append(asked(*args)) or seen[-1], lambda *args: False):
-            monkeypatch.setattr(SiteHooks, "_takes_product", kind)
+            monkeypatch.setattr(SiteHooks, "_rides_along", kind)
             with bank.stream(segments):
                 loss = bank.model(input_ids=IDS).logits.square().sum()
             made.append(torch.autograd.grad(loss, list(bank.parameters()), allow_unused=True))
-        assert any(taken) == takes
+        assert any(taken)
         for own, expected in zip(*made, strict=True):
             assert (own is None) == (expected is None)
             if own is not None:
@@ -173,13 +176,13 @@ def test_what_can_be_made_again_is_not_kept_unless_somebody_wrote_into_it():
         found, todo = [], [out.grad_fn]
         while todo:
             node = todo.pop()
-            found += [node.again] if hasattr(node, "sources") else []
+            found += [node.recomputed] if hasattr(node, "sources") else []
             todo += [inner for inner, _ in node.next_functions if inner is not None]
         return found
 
     bank = trained("llama", targets=["down_proj"])
     kept = sources(bank)
-    assert kept and all(isinstance(again, Again) for again in kept)
+    assert kept and all(isinstance(found, Recomputed) for found in kept)
     bank.model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0].mul_(1),))
     assert None in sources(bank)
 

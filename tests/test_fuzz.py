@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 import inlay
 from inlay.cli.app import app
+from inlay.data.choose import Columns, choose_template
 from inlay.data.encode import Encoder
 from inlay.data.prepare import prepare
 from inlay.data.table import read_table
-from inlay.data.template import Columns, choose_template
 from inlay.errors import InlayError
 from inlay.methods.table import METHODS
 from inlay.runs.settings import Settings, make_method
@@ -132,7 +132,7 @@ def saved(bank, tmp_path_factory):
     folders = {}
     for name, kind in METHODS.items():
         folders[name] = tmp_path_factory.mktemp("saved") / name
-        bank.add(name, kind())
+        bank.add(name, kind(add_bias=True) if name == "bitfit" else kind())  # the base has no biases
         bank.save(name, folders[name], notes={"max_length": 64, "template": {"kind": "text", "answer": "text"}})
         bank.remove(name)
     return folders
@@ -153,9 +153,9 @@ def test_adapter_folders(bank, saved, tmp_path_factory, method, file, which, val
     (folder / file).write_text(json.dumps(held), errors="surrogatepass")
     if not said_by(lambda: bank.load("fuzz", folder)):
         bank.remove("fuzz")
-    from inlay.formats.carried import carried
+    from inlay.data.prompting import prompting_of
 
-    said_by(lambda: carried([folder]))
+    said_by(lambda: prompting_of([folder]))
 
 
 @given(st.sampled_from(list(METHODS)), st.binary(max_size=200), st.integers(0, 10**6))

@@ -23,7 +23,7 @@ def rows(count=24):
     for example in examples(count):
         width = 8
         pad = width - len(example.ids)
-        labels = [t if learned else -100 for t, learned in zip(example.ids, example.learned, strict=True)]
+        labels = [t if learned else -100 for t, learned in zip(example.ids, example.loss_mask, strict=True)]
         made.append(
             dict(
                 zip(

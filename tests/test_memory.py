@@ -14,12 +14,12 @@ from inlay.data.encode import Encoder
 from inlay.data.table import Row
 from inlay.data.template import Template
 from inlay.errors import InlayError, UsageError
-from inlay.evaluation.score import judge
+from inlay.evaluation.score import score_rows
 from inlay.methods.table import METHODS
 from inlay.runs.peaks import Peaks, why_otherwise
 from inlay.runs.run import run
-from inlay.runtime.memory import Room, current_memory_mb, parse_size, saved_bytes
-from inlay.training.loop import enter, go_on, train
+from inlay.runtime.memory import TokenBudget, current_memory_mb, parse_size, saved_bytes
+from inlay.training.loop import add_learners, train, train_steps
 from inlay.training.plan import Plan
 from test_crash import reviews, settings  # noqa: F401
 from test_training import PLANS, examples
@@ -42,63 +42,64 @@ class Scarce:
         monkeypatch.setattr(module, name, limited)
 
 
-def gradients(plans, room):
+def gradients(plans, budget):
     """Gradients of the first step, caught before the optimizer uses them, and the parameters after three."""
     bank = inlay.attach(make("llama"))
-    contenders = enter(bank, plans, 24)
+    learners = add_learners(bank, plans, 24)
     caught = {}
 
-    for contender in contenders:
-        real = contender.update
+    for learner in learners:
+        real = learner.update
 
-        def update(*given, real=real, contender=contender):
-            caught.setdefault(contender.plan.name, [p.grad.clone() for p in contender.parameters])
+        def update(*given, real=real, learner=learner):
+            caught.setdefault(learner.plan.name, [p.grad.clone() for p in learner.parameters])
             return real(*given)
 
-        contender.update = update
-    go_on(bank, contenders, examples(), room)
+        learner.update = update
+    for _ in train_steps(bank, learners, examples(), budget):
+        pass
     return caught, {plan.name: list(bank.parameters(plan.name)) for plan in plans}
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB")])
 def test_a_step_that_runs_out_of_memory_is_redone_with_the_same_gradients(error, monkeypatch):
     plans = [Plan(p.name, p.method, lr=p.lr, batch_size=p.batch_size, steps=3, seed=p.seed) for p in PLANS]
-    plain, ended = gradients(plans, Room(4096))
-    scarce = Scarce(monkeypatch, inlay.training.loop, "token_losses", 20, error)
+    plain, ended = gradients(plans, TokenBudget(4096))
+    scarce = Scarce(monkeypatch, inlay.runtime.tasks, "token_losses", 20, error)
     said = []
-    room = Room(4096, told=said.append)
-    again, redone = gradients(plans, room)
-    assert scarce.failures >= 1 and room.tokens <= 20
-    assert len(said) == len(room.backed_off) == scarce.failures and "out of memory" in said[0]
+    budget = TokenBudget(4096, on_message=said.append)
+    again, redone = gradients(plans, budget)
+    assert scarce.failures >= 1 and budget.tokens <= 20
+    assert len(said) == len(budget.backed_off) == scarce.failures and "out of memory" in said[0]
     for name in plain:
         torch.testing.assert_close(again[name], plain[name], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(redone[name], ended[name], rtol=1e-7, atol=1e-9)
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch):
-    Scarce(monkeypatch, inlay.training.loop, "token_losses", 20, RuntimeError("shapes differ"))
+    Scarce(monkeypatch, inlay.runtime.tasks, "token_losses", 20, RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        gradients(PLANS, Room(4096))
+        gradients(PLANS, TokenBudget(4096))
 
 
 def test_one_row_that_does_not_fit_ends_in_a_clear_error(monkeypatch):
-    Scarce(monkeypatch, inlay.training.loop, "token_losses", 2)
+    Scarce(monkeypatch, inlay.runtime.tasks, "token_losses", 2)
     with pytest.raises(InlayError, match=r"one row of \d+ tokens does not fit.*--gradient-checkpointing"):
-        gradients(PLANS, Room(4096))
+        gradients(PLANS, TokenBudget(4096))
 
 
 def test_the_limit_cuts_forwards_before_memory_runs_out(monkeypatch):
-    plain, _ = gradients(PLANS[:1], Room(4096))
+    plain, _ = gradients(PLANS[:1], TokenBudget(4096))
     seen = []
 
     def pretended(device=None):
-        seen.append(room.largest[0])
-        return 50.0 * room.largest[0]
+        seen.append(budget.largest[0])
+        return 50.0 * budget.largest[0]
 
     monkeypatch.setattr("inlay.runtime.memory.current_memory_mb", pretended)
-    room = Room(4096, limit_mb=600.0)
-    again, _ = gradients(PLANS[:1], room)
-    assert room.backed_off and "near the memory limit of 600 MB" in room.backed_off[0]["why"]
+    budget = TokenBudget(4096, limit_mb=600.0)
+    again, _ = gradients(PLANS[:1], budget)
+    assert budget.backed_off and "near the memory limit of 600 MB" in budget.backed_off[0]["why"]
     assert max(seen) * 50 > 580 and seen[-1] * 50 <= 600
     torch.testing.assert_close(again["lora"], plain["lora"], rtol=1e-9, atol=1e-12)
 
@@ -111,25 +112,25 @@ def test_evaluation_has_a_back_off_of_its_own(tokenizer, base_folder, monkeypatc
     template = Template("label", "Review: {text}\nSentiment:", "label", {"0": ["negative"], "1": ["positive"]})
     encoder = Encoder(tokenizer, template, 64)
     rows = [Row({"text": f"a film, number {n}", "label": str(n % 2)}, n, "f", n) for n in range(10)]
-    plain = judge(bank, encoder, rows, [None, "a"], Room(4096))
-    scarce = Scarce(monkeypatch, inlay.evaluation.score, "scored", 120)
-    room = Room(4096)
-    again = judge(bank, encoder, rows, [None, "a"], room)
-    assert scarce.failures >= 1 and room.tokens < 4096
-    for name, judged in plain.items():
-        assert again[name].confusion == judged.confusion
-        assert again[name].scores == pytest.approx(judged.scores, abs=1e-5)
+    plain = score_rows(bank, encoder, rows, [None, "a"], TokenBudget(4096))
+    scarce = Scarce(monkeypatch, inlay.evaluation.score, "answer_logits", 120)
+    budget = TokenBudget(4096)
+    again = score_rows(bank, encoder, rows, [None, "a"], budget)
+    assert scarce.failures >= 1 and budget.tokens < 4096
+    for name, scored in plain.items():
+        assert again[name].confusion == scored.confusion
+        assert again[name].scores == pytest.approx(scored.scores, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3_moe", "t5"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_gradient_checkpointing_trains_every_method_the_same(method, name):
-    settings = {"dropout": 0.2} if method == "lora" else {}
+    settings = {"lora": {"dropout": 0.2}, "bitfit": {"add_bias": True}}.get(method, {})
     plan = Plan("a", METHODS[method](**settings), lr=1e-2, batch_size=4, steps=3, seed=1)
     ends, calls = [], [0, 0]
     for recompute in (False, True):
         bank = inlay.attach(make(name))
-        watched = next(iter(bank.base.attentions))
+        watched = [*bank.base.attentions][-1]
 
         def count(*_, recompute=recompute):
             calls[recompute] += torch.is_grad_enabled()
@@ -138,7 +139,7 @@ def test_gradient_checkpointing_trains_every_method_the_same(method, name):
         train(bank, [plan], examples(), recompute=recompute)
         ends.append(list(bank.parameters("a")))
         assert not any(module.training for module in bank.model.modules())
-    assert calls[1] == 2 * calls[0]
+    assert calls[1] == (1 if method == "head" else 2) * calls[0]  # nothing before a head is trained
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-10)
 
 
@@ -206,6 +207,6 @@ def test_the_part_that_raised_the_peak_last_is_remembered(monkeypatch):
 
 
 def test_a_run_says_why_its_peak_was_another(base_folder, reviews, tmp_path):  # noqa: F811
-    run(settings(base_folder, reviews, tmp_path / "run"), say=lambda line: None)
+    run(settings(base_folder, reviews, tmp_path / "run"), on_message=lambda line: None)
     memory = json.loads((tmp_path / "run" / "run.json").read_text())["memory"]
     assert memory["step_tokens"] > 0 and isinstance(memory["why"], str)

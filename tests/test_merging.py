@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import inlay
-from inlay.bases.folders import stored
+from inlay.bases.folders import weights_stored
 from inlay.bases.load import load_base
 from inlay.cli.app import app
 from inlay.errors import FormatError, InlayError, UsageError
@@ -69,7 +69,7 @@ def test_auto_keeps_the_dtype_of_the_files(own, base_folder, adapter, tmp_path):
     values = {key: value.to(getattr(torch, own)) for key, value in load_file(base / "model.safetensors").items()}
     save_file(values, base / "model.safetensors", {"format": "pt"})
     told = merge_to_folder(str(base), str(adapter), str(tmp_path / "merged"), "auto")
-    assert told["dtype"] == own == stored(tmp_path / "merged")[1]
+    assert told["dtype"] == own == weights_stored(tmp_path / "merged")[1]
 
 
 def test_an_adapter_of_peft(base_folder, tmp_path):

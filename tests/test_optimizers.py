@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import peft
 import pytest
 import torch
@@ -15,9 +13,9 @@ import inlay
 from inlay.errors import UsageError
 from inlay.runs.state import pack, unpack
 from inlay.runtime.forward import Segment, token_losses
-from inlay.runtime.memory import Room
+from inlay.runtime.memory import TokenBudget
 from inlay.training import schedules
-from inlay.training.loop import enter, go_on, train
+from inlay.training.loop import add_learners, train, train_steps
 from inlay.training.optimizers import OPTIMIZERS
 from inlay.training.plan import Plan
 from test_training import examples, same
@@ -32,19 +30,12 @@ def plan_for(optimizer, **more):
     return Plan("a", method, **{**given, **more})
 
 
-def go(bank, contenders, until=None):
+def go(bank, learners, until=None):
     losses = []
-
-    class Enough(Exception):
-        pass
-
-    def note(found):
-        losses.append(found[0].loss)
-        if found[0].step == until:
-            raise Enough
-
-    with suppress(Enough):
-        go_on(bank, contenders, examples(), Room(4096), note)
+    for stepped in train_steps(bank, learners, examples(), TokenBudget(4096)):
+        losses.append(stepped[0].loss)
+        if stepped[0].step == until:
+            break
     return losses
 
 
@@ -54,17 +45,17 @@ def test_every_optimizer_learns_and_goes_on_where_it_stopped(optimizer):
     dtype = torch.float32
     plan = plan_for(optimizer)
     bank = inlay.attach(make("llama", dtype=dtype))
-    losses = go(bank, enter(bank, [plan], 24))
+    losses = go(bank, add_learners(bank, [plan], 24))
     assert sum(losses[6:]) < sum(losses[:6])
     first = inlay.attach(make("llama", dtype=dtype))
-    contenders = enter(first, [plan], 24)
-    before = go(first, contenders, until=5)
+    learners = add_learners(first, [plan], 24)
+    before = go(first, learners, until=5)
     tensors = {}
-    kept = pack(contenders[0].state(), tensors)
+    kept = pack(learners[0].state(), tensors)
     second = inlay.attach(make("llama", dtype=dtype))
-    contenders = enter(second, [plan], 24)
-    contenders[0].restore(unpack(kept, tensors))
-    after = go(second, contenders)
+    learners = add_learners(second, [plan], 24)
+    learners[0].restore(unpack(kept, tensors))
+    after = go(second, learners)
     assert before + after == losses
     for ours, theirs in zip(second.parameters("a"), bank.parameters("a"), strict=True):
         assert torch.equal(ours, theirs)
@@ -72,13 +63,13 @@ def test_every_optimizer_learns_and_goes_on_where_it_stopped(optimizer):
 
 def test_a_schedule_free_adapter_is_used_where_it_is_averaged():
     bank = inlay.attach(make("llama"))
-    contenders = enter(bank, [plan_for("schedule-free")], 24)
-    go(bank, contenders, until=5)
-    trained = contenders[0].values()
-    with contenders[0].averaged():
-        used = contenders[0].values()
+    learners = add_learners(bank, [plan_for("schedule-free")], 24)
+    go(bank, learners, until=5)
+    trained = learners[0].weights()
+    with learners[0].averaged_weights():
+        used = learners[0].weights()
     assert any(not torch.equal(used[name], trained[name]) for name in trained)
-    for name, value in contenders[0].values().items():
+    for name, value in learners[0].weights().items():
         torch.testing.assert_close(value, trained[name])
 
 
@@ -93,12 +84,12 @@ def test_a_schedule_free_adapter_is_used_where_it_is_averaged():
 )
 def test_schedules(settings, rates):
     bank = inlay.attach(make("llama"))
-    contender = enter(bank, [plan_for("adamw", steps=4, lr=1.0, **settings)], 24)[0]
+    learner = add_learners(bank, [plan_for("adamw", steps=4, lr=1.0, **settings)], 24)[0]
     seen = []
     for _ in range(4):
-        seen.append(contender.schedule.get_last_lr()[0])
-        contender.optimizer.step()
-        contender.schedule.step()
+        seen.append(learner.schedule.get_last_lr()[0])
+        learner.optimizer.step()
+        learner.schedule.step()
     assert seen == pytest.approx(rates, abs=1e-4)
 
 
@@ -113,8 +104,8 @@ def test_loraplus_rates_are_the_references():
     }
     bank = inlay.attach(make("llama"))
     plan = Plan("a", inlay.LoRA(r=4, loraplus_lr_ratio=16), lr=1e-3)
-    contender = enter(bank, [plan], 24)[0]
-    groups = contender.optimizer.param_groups
+    learner = add_learners(bank, [plan], 24)[0]
+    groups = learner.optimizer.param_groups
     found = {p.untyped_storage().data_ptr(): group["lr"] for group in groups for p in group["params"]}
     ours = {
         f"{path}.lora_{key}": found[p.untyped_storage().data_ptr()]
@@ -131,7 +122,7 @@ def test_label_smoothing_is_torchs():
     for row, losses in zip(rows, smooth, strict=True):
         ids = torch.tensor([row.ids])
         logits = bank.model(input_ids=ids).logits[0]
-        at = [n for n, learned in enumerate(row.learned) if learned and n]
+        at = [n for n, learned in enumerate(row.loss_mask) if learned and n]
         expected = F.cross_entropy(logits[[n - 1 for n in at]], ids[0, at], reduction="none", label_smoothing=0.1)
         torch.testing.assert_close(losses, expected)
 
@@ -164,8 +155,8 @@ def test_neftune_noise_has_the_papers_size():
     hook = bank.model.model.layers[0].register_forward_pre_hook(
         lambda m, a, k: seen.append((a or [k["hidden_states"]])[0]), with_kwargs=True
     )
-    token_losses(bank, [Segment(None, row)], 0)
-    token_losses(bank, [Segment(None, row, neftune=5.0)], 0)
+    token_losses(bank, [Segment(None, row, step=0)])
+    token_losses(bank, [Segment(None, row, neftune=5.0, step=0)])
     hook.remove()
     delta = (seen[1] - seen[0]).detach()
     bound = 5.0 / (delta[0].numel() ** 0.5)
@@ -183,7 +174,7 @@ def test_wrong_numbers_are_refused():
     ):
         bank = inlay.attach(make("llama"))
         with pytest.raises(UsageError, match=said):
-            enter(
+            add_learners(
                 bank,
                 [
                     plan_for(

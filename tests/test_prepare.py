@@ -217,7 +217,7 @@ def test_examples_come_back_as_they_were_made(small, monkeypatch):
     made = [example for each in Words().encode(list(rows)) for example in each]
     examples = prepared.examples
     assert isinstance(examples, Examples) and list(examples) == made and examples[-1] == made[-1]
-    assert isinstance(examples[0].learned[0], bool) and isinstance(examples[0].ids[0], int)
+    assert isinstance(examples[0].loss_mask[0], bool) and isinstance(examples[0].ids[0], int)
     sizes = [len(example.ids) for example in made]
     assert examples.lengths.tolist() == token_counts(examples).tolist() == token_counts(made).tolist() == sizes
     assert examples.samples.tolist() == rows.numbers.tolist()

@@ -10,7 +10,7 @@ import toks
 from inlay.data.chat import Chat
 from inlay.data.encode import Encoder
 from inlay.data.prepare import prepare
-from inlay.data.shown import pieces, shown
+from inlay.data.preview import pieces, preview_row
 from inlay.data.table import Row
 from inlay.data.template import Template
 from inlay.errors import DataError, UsageError
@@ -38,7 +38,7 @@ def words(view, role=None, learned=None):
 
 
 def test_roles_loss_and_special_tokens(tokenizer):
-    view = shown(encoder_of(tokenizer), row())
+    view = preview_row(encoder_of(tokenizer), row())
     assert words(view, "system") == "<|im_start|>system\nBe brief.<|im_end|>\n"
     assert words(view, "user").count("<|im_start|>user") == 2
     assert words(view, learned=True) == "answer<|im_end|>\npositive<|im_end|>\n"
@@ -55,7 +55,7 @@ def test_roles_loss_and_special_tokens(tokenizer):
     ],
 )
 def test_virtual_tokens_stand_where_they_are_put(place, before, after, tokenizer):
-    view = shown(encoder_of(tokenizer, place), row(), virtual=3)
+    view = preview_row(encoder_of(tokenizer, place), row(), virtual=3)
     at = [n for n, token in enumerate(view.tokens) if token.role == "virtual"]
     assert at == list(range(at[0], at[0] + 3)) and not any(view.tokens[n].learned for n in at)
     assert "".join(t.text for t in view.tokens[: at[0]]).endswith(before)
@@ -64,9 +64,9 @@ def test_virtual_tokens_stand_where_they_are_put(place, before, after, tokenizer
 
 @pytest.mark.parametrize("length", [15, 20, 25])
 def test_a_cut_row_keeps_its_answers_and_places(length, tokenizer):
-    whole = shown(encoder_of(tokenizer), row())
-    view = shown(encoder_of(tokenizer, "before-answer", length + 22), row(), virtual=2)
-    cut = shown(encoder_of(tokenizer, "after-system", length + 22), row(), virtual=2)
+    whole = preview_row(encoder_of(tokenizer), row())
+    view = preview_row(encoder_of(tokenizer, "before-answer", length + 22), row(), virtual=2)
+    cut = preview_row(encoder_of(tokenizer, "after-system", length + 22), row(), virtual=2)
     assert view.cut == len(whole.tokens) - length - 22
     assert words(view, learned=True) == words(whole, learned=True)
     at = next(n for n, t in enumerate(view.tokens) if t.role == "virtual")
@@ -79,10 +79,10 @@ def test_the_place_of_a_prompt_is_that_of_training(tokenizer):
         encoder = encoder_of(tokenizer, place)
         asked, where = encoder.prompt(row(TALK[:3]))
         example = encoder.example(row(TALK[:3]))
-        assert example.ids[: len(asked)] == tuple(asked) and where == example.place
+        assert example.ids[: len(asked)] == tuple(asked) and where == example.virtual_at
         labelled = Encoder(tokenizer, Template("label", "{text}:", "label", {"0": ["bad"], "1": ["good"]}), 50, place)
         one = Row({"text": "a film", "label": 1}, 0, "f", 1)
-        assert labelled.choices(one).place == labelled.example(one).place == labelled.prompt(one)[1]
+        assert labelled.choices(one).virtual_at == labelled.example(one).virtual_at == labelled.prompt(one)[1]
 
 
 def test_labels_in_a_chat_template_are_scored_as_they_are_trained(tokenizer):
@@ -123,7 +123,7 @@ def test_templates_that_would_spoil_a_run_are_refused_with_the_row(jinja, said, 
 
 
 def test_templates_that_take_thoughts_out_of_earlier_answers_are_not(tokenizer):
-    view = shown(encoder_of(tokenizer, jinja=THINKING), row())
+    view = preview_row(encoder_of(tokenizer, jinja=THINKING), row())
     assert words(view, learned=True) == "answer<|im_end|><think>\n\n</think>\n\npositive<|im_end|>\n"
 
 
@@ -212,7 +212,7 @@ def test_characters_of_several_tokens_are_shown_whole(kind):
     for sign in SIGNS:
         one = Row({"text": f"film {sign}, good {sign}{sign}.", "label": 1}, 0, "f", 1)
         encoder = Encoder(known, template, 200)
-        view = shown(encoder, one)
+        view = preview_row(encoder, one)
         words = "".join(t.text for t in view.tokens if not t.part and not t.special)
         assert words.removeprefix(" ") == f"{one.values['text']}这部电影很妙"
         assert not any("⟨" in t.text or "\ufffd" in t.text for t in view.tokens)
@@ -235,16 +235,16 @@ def test_bytes_that_are_no_character_are_shown_as_such():
 
 def test_what_stands_behind_the_answer_is_shown_as_learned():
     template = Template("label", "{text} 总之，很", "label", {"0": ["差"], "1": ["好"]}, slot=True, after="。({text})")
-    view = shown(Encoder(toks.byte_level(), template, 200), Row({"text": "电影", "label": 1}, 0, "f", 1))
+    view = preview_row(Encoder(toks.byte_level(), template, 200), Row({"text": "电影", "label": 1}, 0, "f", 1))
     assert "".join(t.text for t in view.tokens if t.learned and not t.part) == "好。(电影)</s>"
 
 
 def test_dropped_rows_and_long_texts_are_shown_as_what_they_become():
     known = toks.byte_level()
     text = Encoder(known, Template("text", answer="text"), 20)
-    view = shown(text, Row({"text": "a good film " * 30}, 0, "f", 1))
+    view = preview_row(text, Row({"text": "a good film " * 30}, 0, "f", 1))
     assert view.pieces > 2 and view.cut == 0 and len(view.tokens) <= 20 and not view.dropped
-    assert shown(text, Row({"text": None}, 0, "f", 1)).dropped == "no text"
+    assert preview_row(text, Row({"text": None}, 0, "f", 1)).dropped == "no text"
     pairs = Encoder(known, Template("completion", "{prompt}", "completion"), 20)
-    view = shown(pairs, Row({"prompt": "a", "completion": "film " * 90}, 0, "f", 1))
+    view = preview_row(pairs, Row({"prompt": "a", "completion": "film " * 90}, 0, "f", 1))
     assert view.dropped == "answer too long" and view.tokens

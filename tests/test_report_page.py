@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 
 from inlay.reporting.charts import Line, bars, lines, thinned
-from inlay.reporting.command import command_of
 from inlay.reporting.report import write_report
 from inlay.reporting.rows import missed_rows
+from inlay.runs.command import command_of, command_parts
 from test_reporting import STORY, story_of
 
 FULL = story_of(
@@ -66,7 +66,7 @@ def page(folder, story, metrics, final=()):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     if final:
         (folder / "final.jsonl").write_text("".join(json.dumps(line) + "\n" for line in final))
-    found = Page(write_report(folder, story).read_text(encoding="utf8"))
+    found = Page(write_report(folder, story, command_parts(story)).read_text(encoding="utf8"))
     assert found.tags.count("script") == 1
     assert all(re.fullmatch(r"[\w.]+(/[\w.]*)?", link) for link in found.links), found.links
     own = found.text.split("</style>")[0] + found.text.split("<script>")[-1]

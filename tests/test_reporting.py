@@ -13,10 +13,10 @@ from markdown_it import MarkdownIt
 
 from inlay.data.yaml import read_yaml
 from inlay.reporting.card import model_card, write_card
-from inlay.reporting.command import command_of
 from inlay.reporting.markdown import code, fenced, plain
 from inlay.reporting.naming import named
 from inlay.reporting.words import breakable, cut_front, interval_text, label_text, score_text
+from inlay.runs.command import command_of
 from inlay.runs.settings import Settings
 from inlay.values import fields_of
 
@@ -81,7 +81,7 @@ def test_hubs_read_the_card():
 
 
 def test_the_card_says_how_good_it_is_and_on_what():
-    card = model_card(STORY)
+    card = model_card(STORY, command=command_of(STORY, portable=True))
     for wanted in (
         "On 500 held-out rows", "| accuracy | 0.700 (0.66–0.74) | 0.857 (0.83–0.88) |",
         "| loss | 0.600 | 0.300 (0.28–0.33) |",
@@ -89,7 +89,8 @@ def test_the_card_says_how_good_it_is_and_on_what():
         "- rows to train on: 90\n", "- rows dropped: nothing to learn: 2\n", "- rows labelled 1 (good): 45\n", "r=8",
         "40 steps of 16 rows; the best one, step 30, is kept", "overfitting",
         "1,000 parameters", "| `1` | `good`, `great` |",
-        "learning rate: 0.002", "```\nReview: {text}\nSentiment:\n```", "rounded to 4 bits", "`apache-2.0`",
+        "learning rate: 0.002", "```sh\ninlay train --data a.csv --out run --set r=8 --lr 0.002\n```",
+        "```\nReview: {text}\nSentiment:\n```", "rounded to 4 bits", "`apache-2.0`",
     ):  # fmt: skip
         assert wanted in card, wanted
     assert "/home/me" not in card
@@ -98,7 +99,7 @@ def test_the_card_says_how_good_it_is_and_on_what():
 def test_little_is_enough_for_a_card():
     card = model_card({"config": {"base": "b"}})
     assert "No rows were held out" in card and "license is not known" in card and head_of(card)["base_model"] == "b"
-    assert model_card({}) and "inlay train" not in model_card({})
+    assert model_card({}) and "inlay train" not in model_card({}) and "```sh\ninlay train" not in card
 
 
 def card_with(word):

@@ -14,11 +14,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import toks
+from inlay.data.choose import Columns, choose_template
 from inlay.data.encode import Choices, Encoder, Example
 from inlay.data.prepare import prepare
-from inlay.data.shown import shown
+from inlay.data.preview import preview_row
 from inlay.data.table import Row, read_table
-from inlay.data.template import Columns, Template, choose_template
+from inlay.data.template import Template
 from inlay.errors import DataError, DroppedRow
 
 SAID = [
@@ -118,7 +119,7 @@ def said(content, role="assistant", **more):
 
 def runs(tokenizer, example):
     """The words that bear loss, a run of tokens each."""
-    groups = re.finditer("1+", "".join("01"[on] for on in example.learned))
+    groups = re.finditer("1+", "".join("01"[on] for on in example.loss_mask))
     return [tokenizer.decode(example.ids[group.start() : group.end()]) for group in groups]
 
 
@@ -145,7 +146,7 @@ def test_conversations_are_what_the_style_writes(style, chats):
         asked, _ = encoder.prompt(one)
         assert chats.decode(asked) == whole.removesuffix(turns[-1][1])
         assert example.ids[: len(asked)] == tuple(asked) and encoder.asked(talk[:-1])[0] == asked
-        view = shown(encoder, one)
+        view = preview_row(encoder, one)
         assert "\ufffd" not in "".join(token.text for token in view.tokens if not token.part)
 
 
@@ -161,7 +162,11 @@ def test_labels_in_a_conversation_are_scored_as_they_are_trained(style, length, 
             choices = encoder.choices(row(n, text=text, label=0))
             for example, (_, own) in zip(both, choices.words, strict=True):
                 ids = choices.prompt + own
-                assert example.ids[: len(ids)] == ids and example.place == choices.place and len(example.ids) <= length
+                assert (
+                    example.ids[: len(ids)] == ids
+                    and example.virtual_at == choices.virtual_at
+                    and len(example.ids) <= length
+                )
                 assert chats.decode(own).strip().endswith(("end", "a very good one"))
             assert both[0].cut == both[1].cut and (not both[0].cut if length == 1000 else n != 1 or both[0].cut)
 
@@ -263,8 +268,8 @@ def _check_label(tokenizer, encoder, one, example, how):
     else:
         assert not set(example.ids[lead:-1]) & {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
     assert example.ids.count(tokenizer.eos_token_id) == 1 and example.ids[-1] == tokenizer.eos_token_id
-    head = example.learned.index(True)
-    assert all(example.learned[head:])
+    head = example.loss_mask.index(True)
+    assert all(example.loss_mask[head:])
     before = whole.index(word) if template.startswith("is {answer}") else whole.rindex(word)
     if type(tokenizer.backend_tokenizer.decoder).__name__ == "ByteLevel" and not template.startswith("{answer}"):
         shown_before = tokenizer.decode(example.ids[lead:head])
@@ -283,16 +288,20 @@ def _check_cut(encoder, one, whole):
         return
     (example,) = found
     assert isinstance(example, Example) and len(example.ids) <= encoder.max_length
-    answer = [i for i, on in zip(whole.ids, whole.learned, strict=True) if on]
-    assert [i for i, on in zip(example.ids, example.learned, strict=True) if on] == answer
+    answer = [i for i, on in zip(whole.ids, whole.loss_mask, strict=True) if on]
+    assert [i for i, on in zip(example.ids, example.loss_mask, strict=True) if on] == answer
     lead = len(encoder.words.opening)
-    assert example.ids[:lead] == whole.ids[:lead] or example.learned.index(True) < lead
+    assert example.ids[:lead] == whole.ids[:lead] or example.loss_mask.index(True) < lead
     if encoder.place == "after-system":
         (choices,) = encoder.all_choices([one])
-        assert example.place == min(lead, 1)
-        assert choices.place == example.place if isinstance(choices, Choices) else choices.reason == "answer too long"
+        assert example.virtual_at == min(lead, 1)
+        assert (
+            choices.virtual_at == example.virtual_at
+            if isinstance(choices, Choices)
+            else choices.reason == "answer too long"
+        )
     if encoder.place == "before-answer":
-        assert example.place == example.learned.index(True)
+        assert example.virtual_at == example.loss_mask.index(True)
 
 
 def test_a_label_that_begins_another_is_scored_with_its_end(tokenizer):

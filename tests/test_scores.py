@@ -13,7 +13,7 @@ from inlay.errors import UsageError
 from inlay.evaluation.compare import compare
 from inlay.evaluation.intervals import intervals, mean_interval, student, tail, wilson
 from inlay.evaluation.rows import Confusion, RowScores
-from inlay.evaluation.score import Judged
+from inlay.evaluation.score import Scored
 from inlay.runs.outcome import Final
 from inlay.runs.run import run
 from test_crash import reviews, settings  # noqa: F401
@@ -183,7 +183,7 @@ def test_equal_adapters_are_found_different_once_in_twenty():
 
 
 def final(own, base, metric="loss"):
-    return Final({"adapter": Judged(own), None: Judged(base)}, metric)
+    return Final({"it": Scored(own), None: Scored(base)}, "it", metric)
 
 
 def test_a_worse_adapter_is_called_worse_and_an_equal_one_no_better():
@@ -193,7 +193,7 @@ def test_a_worse_adapter_is_called_worse_and_an_equal_one_no_better():
     assert "is no better than the base on the 40 final rows (loss" in final(tokens(shaken), tokens(base)).notice()
     assert final(tokens(base - 0.2), tokens(base)).notice() == ""
     assert "6 final rows are too few" in final(tokens(base[:6] - 0.2), tokens(base[:6])).notice()
-    assert Final({}, "loss").notice() == "" and Final({}, "loss").result()["final_rows"] == 0
+    assert Final({}, "it", "loss").notice() == "" and Final({}, "it", "loss").result()["final_rows"] == 0
 
 
 # ---- a run's
@@ -202,7 +202,7 @@ def test_a_worse_adapter_is_called_worse_and_an_equal_one_no_better():
 @pytest.fixture(scope="module")
 def ended(base_folder, reviews, tmp_path_factory):  # noqa: F811
     out, said = tmp_path_factory.mktemp("scores") / "run", []
-    result = run(settings(base_folder, reviews, out, heldout="0.5", steps=60, lr=2e-2), say=said.append)
+    result = run(settings(base_folder, reviews, out, heldout="0.5", steps=60, lr=2e-2), on_message=said.append)
     return out, result, said
 
 
@@ -249,7 +249,7 @@ def test_text_rows_have_losses_of_their_own(base_folder, tmp_path):
     data.write_text("\n".join(map(json.dumps, rows)))
     given = {"template": None, "verbalizer": None, "heldout": "0.5", "lr": 1e-30}
     said = []
-    result = run(settings(base_folder, data, tmp_path / "run", **given), say=said.append)
+    result = run(settings(base_folder, data, tmp_path / "run", **given), on_message=said.append)
     lines = [json.loads(line) for line in (tmp_path / "run" / "final.jsonl").read_text().splitlines()]
     assert {*lines[0]} == {"where", "prompt", "answer", "loss", "base_loss", "exact", "base_exact"}
     assert lines[0]["prompt"].startswith("question") and lines[0]["answer"].startswith("answer")
@@ -262,7 +262,7 @@ def test_long_texts_are_judged_whole(base_folder, tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"{n} a good film " * 30}) for n in range(12)))
     given = {"template": None, "verbalizer": None, "heldout": "0.5", "max_length": 32}
-    result = run(settings(base_folder, data, tmp_path / "run", **given), say=lambda line: None)
+    result = run(settings(base_folder, data, tmp_path / "run", **given), on_message=lambda line: None)
     lines = (tmp_path / "run" / "final.jsonl").read_text().splitlines()
     assert result["final_rows"] == len(lines) == 3 and result["rows"]["rows"] == 6
     assert PIECE == 40
@@ -272,7 +272,7 @@ def test_long_texts_are_judged_whole(base_folder, tmp_path):
 def test_few_rows_still_work_and_are_called_few(heldout, choosing, final, base_folder, reviews, tmp_path):  # noqa: F811
     said = []
     given = {"heldout": heldout, "eval_every": 1, "lr": 0.2, "steps": 30}
-    result = run(settings(base_folder, reviews, tmp_path / "run", **given), say=said.append)
+    result = run(settings(base_folder, reviews, tmp_path / "run", **given), on_message=said.append)
     assert (result["choosing_rows"], result["final_rows"]) == (choosing, final)
     assert any("too few" in line for line in said) == (heldout != "0")
     assert not any("overfitting" in line for line in said)
@@ -286,14 +286,14 @@ def test_adapters_can_be_compared_row_by_row_in_python(ended, base_folder, revie
     from inlay.data.encode import Encoder
     from inlay.data.table import read_table
     from inlay.data.template import Template
-    from inlay.evaluation.score import judge
-    from inlay.runtime.memory import Room
+    from inlay.evaluation.score import score_rows
+    from inlay.runtime.memory import TokenBudget
 
     out, *_ = ended
     bank = inlay.attach(tf.AutoModelForCausalLM.from_pretrained(base_folder))
     bank.load("a", out / "adapter")
     template = Template("label", "Review: {text}\nSentiment:", "label", {"0": ["negative"], "1": ["positive"]})
     encoder = Encoder(tf.AutoTokenizer.from_pretrained(base_folder), template, 64)
-    found = judge(bank, encoder, read_table(reviews).rows, [None, "a"], Room(4096))
+    found = score_rows(bank, encoder, read_table(reviews).rows, [None, "a"], TokenBudget(4096))
     assert compare(found["a"].rows, found[None].rows, "accuracy").better is True
     assert found["a"].intervals["accuracy"] == wilson(int(found["a"].rows.hits.sum()), 40)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from inlay.errors import UsageError
-from inlay.sites.find import find
-from inlay.sites.select import parse_layers, select_projections
+from inlay.sites.structure import find
+from inlay.sites.targets import parse_layers, select_projections
 from zoo import ZOO, make
 
 ATTENTION = {

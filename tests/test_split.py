@@ -10,7 +10,7 @@ import pytest
 
 from inlay.data.split import HELDOUT_ROWS, Parts, content_key, equal_rows, halved, label_numbers, split_share
 from inlay.errors import UsageError
-from inlay.runs.material import gather
+from inlay.runs.dataset import load_dataset
 from inlay.runs.settings import Settings
 
 
@@ -136,7 +136,7 @@ def table(path, rows, columns=("text", "label")):
 
 
 def material(data, tmp_path, **more):
-    return gather(Settings(data=[str(data)], out=str(tmp_path / "run"), **more))
+    return load_dataset(Settings(data=[str(data)], out=str(tmp_path / "run"), **more))
 
 
 def texts(rows):

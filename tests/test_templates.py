@@ -7,25 +7,22 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import toks
+from inlay.data.choose import Columns, check_columns, choose_template
+from inlay.data.conflicts import conflict_notices
 from inlay.data.encode import Choices, Encoder
 from inlay.data.fields import names_in, parsed
 from inlay.data.joins import parting
-from inlay.data.labels import classes, label_key
+from inlay.data.labels import classes, label_key, label_notices, parse_verbalizer
 from inlay.data.prepare import prepare
+from inlay.data.split import content_key
 from inlay.data.table import Row, read_table
-from inlay.data.template import (
-    Columns,
-    Template,
-    check_columns,
-    choose_template,
-    label_notices,
-    parse_verbalizer,
-)
+from inlay.data.template import Template
 from inlay.errors import DataError, DroppedRow, FormatError, UsageError
 
 WORDS = {"0": ["差"], "1": ["好"]}
@@ -53,7 +50,7 @@ def chosen(tmp_path, values, template, verbalizer=None, **columns):
 
 def whole(tokenizer, example):
     return tokenizer.decode(example.ids), tokenizer.decode(
-        [i for i, on in zip(example.ids, example.learned, strict=True) if on]
+        [i for i, on in zip(example.ids, example.loss_mask, strict=True) if on]
     )
 
 
@@ -244,6 +241,31 @@ def test_what_is_said_of_labels():
     assert "every row has the label 'a'" in label_notices({"a": 5, "b": 0})[0]
     assert "'b' has 1 of 1001" in label_notices({"a": 1000, "b": 1})[0]
     assert label_notices({}) == []
+
+
+def test_labels_that_differ_in_case_only_are_named():
+    (notice,) = label_notices({"Positive": 40, "negative": 50, "positive": 45})
+    assert "'Positive' and 'positive'" in notice and "negative" not in notice
+    assert label_notices({"Positive": 40, "positive": 0, "negative": 9}) == []
+    many = label_notices({f"{word}{n}": 10 for n in range(5) for word in ("A", "a")})
+    assert len(many) == 1 and "and 2 more such groups" in many[0]
+    assert [("case" in one, "hardly" in one) for one in label_notices({"A": 1, "a": 500, "b": 500})] == [
+        (True, False), (False, True),
+    ]  # fmt: skip
+
+
+def test_texts_with_different_labels_are_named():
+    def said(*pairs):
+        rows = [Row({"text": text, "label": label}, n, "a.csv", n + 2) for n, (text, label) in enumerate(pairs)]
+        keys = np.array([content_key(text) for text, _ in pairs], np.uint64)
+        return conflict_notices(rows, keys, [label for _, label in pairs])
+
+    assert said(("good", "1"), ("bad", "0"), ("good", "1")) == []
+    (one,) = said(("x", "0"), ("Good  film", "1"), ("bad", "0"), ("good film", "0"))
+    assert one.startswith("1 text has") and "a.csv, line 3 ('1') and a.csv, line 5 ('0')" in one
+    (two,) = said(("b", "1"), ("a", "1"), ("a", "0"), ("b", "0"), ("b", "1"), ("c", "0"))
+    assert two.startswith("2 texts have") and "a.csv, line 2 ('1') and a.csv, line 5 ('0')" in two
+    assert said() == []
 
 
 # ---- rows that are dropped or refused

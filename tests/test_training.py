@@ -15,9 +15,9 @@ from inlay.runs.fitting import fit_of
 from inlay.runs.run import run as whole_run
 from inlay.runs.settings import Settings
 from inlay.runtime.forward import Segment, token_losses
-from inlay.runtime.memory import Room
+from inlay.runtime.memory import TokenBudget
 from inlay.sites.positions import positions_of, table_size
-from inlay.training.loop import enter, go_on, train
+from inlay.training.loop import add_learners, train, train_steps
 from inlay.training.plan import Plan
 from zoo import make
 
@@ -39,17 +39,16 @@ PLANS = [
 ]
 
 
-def run(name, plans, dtype=torch.float64, **settings):
+def run(name, plans, dtype=torch.float64, tokens_at_once=4096):
     bank = inlay.attach(make(name, dtype=dtype))
     losses = {plan.name: [] for plan in plans}
 
-    def note(contenders):
-        for contender in contenders:
-            if len(losses[contender.plan.name]) < contender.step:
-                losses[contender.plan.name].append(contender.loss)
-
-    contenders = train(bank, plans, examples(), on_step=note, **settings)
-    return bank, losses, {c.plan.name: c for c in contenders}
+    learners = add_learners(bank, plans, 24)
+    for stepped in train_steps(bank, learners, examples(), TokenBudget(tokens_at_once)):
+        for learner in stepped:
+            if not learner.diverged:
+                losses[learner.plan.name].append(learner.loss)
+    return bank, losses, {c.plan.name: c for c in learners}
 
 
 def learns(losses):
@@ -66,10 +65,10 @@ def same(bank, solo, name, bound):
 def test_a_raced_adapter_equals_its_solo_run(name, dtype, bound):
     if name == "bloom" and dtype == torch.float64:
         dtype, bound = torch.float32, 2e-3  # its softmax knows no float64
-    bank, losses, contenders = run(name, PLANS, dtype)
+    bank, losses, learners = run(name, PLANS, dtype)
     for plan in PLANS:
         solo, alone, _ = run(name, [plan], dtype)
-        assert contenders[plan.name].step == 20 and len(losses[plan.name]) == 20
+        assert learners[plan.name].step == 20 and len(losses[plan.name]) == 20
         torch.testing.assert_close(losses[plan.name], alone[plan.name], rtol=bound, atol=bound)
         same(bank, solo, plan.name, bound)
         assert learns(losses[plan.name])
@@ -79,56 +78,54 @@ def test_a_raced_adapter_equals_its_solo_run(name, dtype, bound):
 def test_divergence_and_an_early_stop_touch_nobody_else(lr):
     wild = Plan("wild", inlay.LoRA(r=2), lr=lr, batch_size=4, steps=20)
     short = Plan("short", inlay.IA3(), lr=1e-2, batch_size=4, steps=20, stop_after=7)
-    bank, _, contenders = run("llama", [wild, PLANS[0], short, PLANS[2]])
-    assert contenders["wild"].stopped.startswith("diverged") and contenders["wild"].step < 20
-    assert contenders["short"].stopped == "stopped early" and contenders["short"].step == 7
+    bank, _, learners = run("llama", [wild, PLANS[0], short, PLANS[2]])
+    assert learners["wild"].stopped.startswith("diverged") and learners["wild"].step < 20
+    assert learners["short"].stopped == "stopped early" and learners["short"].step == 7
     for plan in (PLANS[0], short, PLANS[2]):
         solo, _, _ = run("llama", [plan])
         same(bank, solo, plan.name, 1e-8)
 
 
 def outcome(steps=1, spoil=None, **settings):
-    """A contender beside a calm one, and the losses that its adapter gives when both have ended."""
+    """A learner beside a calm one, and the losses that its adapter gives when both have ended."""
     plans = [Plan("a", inlay.LoRA(r=2), batch_size=4, steps=steps, **settings), replace(PLANS[0], steps=3)]
     bank = inlay.attach(make("llama", dtype=torch.float32))
-    contenders = enter(bank, plans, 24)
+    learners = add_learners(bank, plans, 24)
     if spoil is not None:
-        spoil(contenders[0])
-    start = contenders[0].values()
-    go_on(bank, contenders, examples(), Room(4096))
-    with torch.no_grad(), contenders[0].averaged():
+        spoil(learners[0])
+    start = learners[0].weights()
+    for _ in train_steps(bank, learners, examples(), TokenBudget(4096)):
+        pass
+    with torch.no_grad(), learners[0].averaged_weights():
         losses = token_losses(bank, [Segment("a", example) for example in examples()])
-        kept = contenders[0].values()
-    return contenders, start, kept, torch.cat(losses), bank
+        kept = learners[0].weights()
+    return learners, start, kept, torch.cat(losses), bank
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "schedule-free", "adamw-8bit"])
 @pytest.mark.parametrize("lr", [1e30, 1e38])
 def test_an_absurd_update_is_divergence_and_is_taken_back(lr, optimizer, steps):
-    contenders, start, kept, losses, bank = outcome(steps, lr=lr, optimizer=optimizer, schedule="constant", clip=1e9)
-    assert contenders[0].diverged and contenders[0].cause and contenders[0].sound == 0
+    learners, start, kept, losses, bank = outcome(steps, lr=lr, optimizer=optimizer, schedule="constant", clip=1e9)
+    assert learners[0].diverged and learners[0].cause and learners[0].sound == 0
     assert all(torch.equal(kept[name], start[name]) for name in start)
     assert bool(losses.isfinite().all())
     calm, _, _ = run("llama", [replace(PLANS[0], steps=3)], torch.float32)
-    assert contenders[1].stopped == "done"
+    assert learners[1].stopped == "done"
     same(bank, calm, "lora", 2e-3)
 
 
 def test_an_optimizer_whose_state_is_no_number_is_divergence():
-    def spoil(contender):
-        real = contender.optimizer.step
-
-        def step():
-            real()
-            if contender.step == 1:
-                for state in contender.optimizer.state.values():
+    def spoil(learner):
+        def after(*_):
+            if learner.step == 1:
+                for state in learner.optimizer.state.values():
                     state["exp_avg"].fill_(torch.nan)
 
-        contender.optimizer.step = step
+        learner.optimizer.register_step_post_hook(after)
 
-    contenders, start, kept, losses, _ = outcome(5, spoil, lr=1e-2)
-    assert contenders[0].stopped == "diverged at step 3" and contenders[0].sound == 2
+    learners, start, kept, losses, _ = outcome(5, spoil, lr=1e-2)
+    assert learners[0].stopped == "diverged at step 3" and learners[0].sound == 2
     assert bool(losses.isfinite().all()) and any(not torch.equal(kept[name], start[name]) for name in start)
 
 
@@ -136,36 +133,33 @@ def test_an_optimizer_whose_state_is_no_number_is_divergence():
 def test_what_is_kept_has_only_given_losses_that_are_numbers(steps):
     """The update of step 2 is finite and ruins the adapter, which step 3 finds out, or a look at the end."""
 
-    def spoil(contender):
-        real = contender.optimizer.step
-
-        def step():
-            real()
-            if contender.step == 1:
-                for parameter in contender.parameters:
+    def spoil(learner):
+        def after(*_):
+            if learner.step == 1:
+                for parameter in learner.parameters:
                     parameter.data.fill_(1e17)
             else:
-                contender.after = [p.detach().clone() for p in contender.parameters]
+                learner.after = [p.detach().clone() for p in learner.parameters]
 
-        contender.optimizer.step = step
+        learner.optimizer.register_step_post_hook(after)
 
-    contenders, _, _, losses, _ = outcome(steps, spoil, lr=1e-2)
-    assert contenders[0].stopped == f"diverged at step {min(steps, 3)}" and contenders[0].sound == 1
+    learners, _, _, losses, _ = outcome(steps, spoil, lr=1e-2)
+    assert learners[0].stopped == f"diverged at step {min(steps, 3)}" and learners[0].sound == 1
     assert bool(losses.isfinite().all())
-    kept = [p.detach() for p in contenders[0].parameters]
-    assert all(torch.equal(one, other) for one, other in zip(kept, contenders[0].after, strict=True))
+    kept = [p.detach() for p in learners[0].parameters]
+    assert all(torch.equal(one, other) for one, other in zip(kept, learners[0].after, strict=True))
 
 
 def test_an_ordinary_end_is_no_divergence_and_changes_nothing():
-    contenders, *_ = outcome(3, lr=1e-2)
-    assert contenders[0].stopped == "done" and contenders[0].sound == contenders[0].step == 3
+    learners, *_ = outcome(3, lr=1e-2)
+    assert learners[0].stopped == "done" and learners[0].sound == learners[0].step == 3
 
 
 def test_the_rate_is_that_of_the_step_it_was_used_in():
-    seen = []
     bank = inlay.attach(make("llama"))
     plan = Plan("a", inlay.LoRA(r=2), lr=1.0, batch_size=4, steps=4, warmup=0.5, schedule="linear", clip=1e-9)
-    train(bank, [plan], examples(), on_step=lambda cs: seen.append(cs[0].rate))
+    learners = add_learners(bank, [plan], 24)
+    seen = [stepped[0].rate for stepped in train_steps(bank, learners, examples(), TokenBudget(4096))]
     assert seen == [0.0, 0.5, 1.0, 0.5]
 
 
@@ -175,10 +169,10 @@ def test_the_order_of_a_pass_is_drawn_once(monkeypatch):
     bank = inlay.attach(make("llama"))
     plan = Plan("a", inlay.LoRA(r=2), lr=1e-2, batch_size=5, epochs=3, seed=7)
     batches = []
-    contender = enter(bank, [plan], 24)[0]
+    learner = add_learners(bank, [plan], 24)[0]
     for step in range(15):
-        contender.step = step
-        batches.append([example.sample for example in contender.batch(examples())])
+        learner.step = step
+        batches.append([example.sample for example in learner.batch(examples())])
     assert drawn == [24, 24, 24]
     for epoch in range(3):
         order = real(24, generator=torch.Generator().manual_seed(7 * 1_000_003 + epoch)).tolist()
@@ -202,8 +196,8 @@ def test_dropout_does_something_and_none_of_it_is_left_afterwards():
 
 def test_an_encoder_decoder_and_a_recurrent_base_train_on_padded_rows():
     for name in ("t5", "mamba"):
-        _, losses, contenders = run(name, [PLANS[0]])
-        assert contenders["lora"].step == 20 and learns(losses["lora"])
+        _, losses, learners = run(name, [PLANS[0]])
+        assert learners["lora"].step == 20 and learns(losses["lora"])
 
 
 def test_a_base_that_writes_no_text_is_refused():
@@ -216,11 +210,10 @@ def test_one_step_is_the_reference_step():
     row = examples(1)
     bank = inlay.attach(make("llama"))
     plan = Plan("a", inlay.LoRA(r=4), lr=1e-2, batch_size=1, steps=1, clip=1e9)
-    seen = []
-    train(bank, [plan], row, on_step=lambda cs: seen.append(cs[0].loss))
+    seen = [learner.loss for learner in train(bank, [plan], row)]
     model = make("llama")
     ids = torch.tensor([row[0].ids])
-    labels = torch.tensor([[t if learned else -100 for t, learned in zip(row[0].ids, row[0].learned, strict=True)]])
+    labels = torch.tensor([[t if learned else -100 for t, learned in zip(row[0].ids, row[0].loss_mask, strict=True)]])
     torch.testing.assert_close(seen[0], float(model(input_ids=ids, labels=labels).loss.detach()), rtol=1e-6, atol=1e-6)
 
 
@@ -281,7 +274,7 @@ def test_rows_longer_than_the_base_are_cut_and_that_is_said(base_folder, tmp_pat
     data.write_text("\n".join(map(json.dumps, rows)))
     said = []
     given = Settings(base=str(base_folder), data=[str(data)], out=str(tmp_path / "run"), steps=1, method="prompt")
-    whole_run(given, say=said.append)
+    whole_run(given, on_message=said.append)
     line = next(line for line in said if "positions" in line or "room for" in line)
     notes = json.loads((tmp_path / "run" / "adapter" / "inlay.json").read_text())
     story = json.loads((tmp_path / "run" / "run.json").read_text())

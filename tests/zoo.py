@@ -74,11 +74,93 @@ ZOO = {
     ),
 }  # fmt: skip
 
+BART = dict(
+    vocab_size=48, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    decoder_start_token_id=2,
+)  # fmt: skip
+PAD_ONE = {**ENCODER, "pad_token_id": 1}
+IMAGES = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+)
+TEXT = dict(
+    vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2, projection_dim=8, max_position_embeddings=16,
+)  # fmt: skip
+
+MORE = {
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**small(head_dim=4, sliding_window=4))),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**small())),
+    "mixtral": lambda: tf.MixtralForCausalLM(
+        tf.MixtralConfig(
+            **small(num_local_experts=4, num_experts_per_tok=2, head_dim=4, experts_implementation="eager")
+        )
+    ),
+    "deepseek_v3": lambda: tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(
+            **small(
+                num_key_value_heads=4, moe_intermediate_size=8, n_routed_experts=4, n_group=2, topk_group=1,
+                num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+                qk_nope_head_dim=4, v_head_dim=6, experts_implementation="eager",
+            )
+        )
+    ),
+    "biogpt": lambda: tf.BioGptForCausalLM(
+        tf.BioGptConfig(**small("num_key_value_heads", pad_token_id=1, scale_embedding=True))
+    ),
+    "xglm": lambda: tf.XGLMForCausalLM(
+        tf.XGLMConfig(
+            vocab_size=48, d_model=16, ffn_dim=24, num_layers=2, attention_heads=4, max_position_embeddings=64
+        )
+    ),
+    "mamba2": lambda: tf.Mamba2ForCausalLM(
+        tf.Mamba2Config(
+            vocab_size=48, hidden_size=16, state_size=4, num_hidden_layers=2, expand=2, head_dim=8, num_heads=4,
+            n_groups=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    ),
+    "mpnet": lambda: tf.MPNetForSequenceClassification(tf.MPNetConfig(**PAD_ONE)),
+    "longformer": lambda: tf.LongformerForMaskedLM(tf.LongformerConfig(**PAD_ONE, attention_window=[4, 4])),
+    "yoso": lambda: tf.YosoForMaskedLM(tf.YosoConfig(**PAD_ONE, use_expectation=True)),
+    "rwkv": lambda: tf.RwkvForCausalLM(
+        tf.RwkvConfig(vocab_size=48, hidden_size=16, num_hidden_layers=2, intermediate_size=24, rescale_every=1)
+    ),
+    "nemotron": lambda: tf.NemotronForCausalLM(tf.NemotronConfig(**small(head_dim=4))),
+    "albert": lambda: tf.AlbertForMaskedLM(tf.AlbertConfig(**ENCODER, embedding_size=8)),
+    "roberta_classifier": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**PAD_ONE)),
+    "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**BART, scale_embedding=True)),
+    "bart_classifier": lambda: tf.BartForSequenceClassification(tf.BartConfig(**BART)),
+    "pegasus": lambda: tf.PegasusForConditionalGeneration(
+        tf.PegasusConfig(**{**BART, "pad_token_id": 0}, scale_embedding=True)
+    ),
+    "whisper": lambda: tf.WhisperForConditionalGeneration(
+        tf.WhisperConfig(
+            **{k: v for k, v in BART.items() if k != "max_position_embeddings"}, num_mel_bins=8,
+            max_source_positions=8, max_target_positions=16, begin_suppress_tokens=None, suppress_tokens=None,
+        )
+    ),
+    "wav2vec2": lambda: tf.Wav2Vec2ForCTC(
+        tf.Wav2Vec2Config(
+            **ENCODER, conv_dim=(8, 8), conv_kernel=(4, 4), conv_stride=(2, 2), num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        )
+    ),
+    "clip_text": lambda: tf.CLIPTextModelWithProjection(tf.CLIPTextConfig(**TEXT)),
+    "clip": lambda: tf.CLIPModel(tf.CLIPConfig(text_config=TEXT, vision_config=IMAGES, projection_dim=8)),
+    "siglip": lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**IMAGES)),
+    "llava": lambda: tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(
+            text_config=tf.LlamaConfig(**small()), vision_config=tf.CLIPVisionConfig(**IMAGES), image_token_index=47
+        )
+    ),
+}  # fmt: skip
+"""Families that stand for one trait each; tests of all architectures leave them out."""
+
 
 def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> tf.PreTrainedModel:
     """A random model of the architecture `name`, ready for inference; every norm and bias is random too."""
     torch.manual_seed(seed)
-    model = ZOO[name]().eval()
+    model = {**ZOO, **MORE}[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

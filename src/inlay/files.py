@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["flush_folder", "write_json", "write_text", "written_beside"]
+__all__ = ["finite", "flush_folder", "write_json", "write_text", "written_beside"]
 
 
 def _umask() -> int:
@@ -71,6 +72,15 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`, whole or not at all."""
     with written_beside(path) as beside:
         beside.write_text(text, encoding="utf8")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in place of NaN and infinity, which JSON has no word for; the keys of mappings are strings."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,78 +1,247 @@
-"""One adapter: its method, and its parameters at each site. It lives beside the base, never in it."""
+"""One adapter: its parts, each one method with its parameters at each site. It lives beside the base, never in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from inlay.methods.contract import Method, Params, Site, Structure
+from inlay.errors import UsageError
+from inlay.formats.peft import CONSTANTS
+from inlay.methods.contract import LinearForm, Method, Params, Site, Structure
 
-from .flat import Flat, parts_of
+from .flat import Flat, Key, whole_parameters
 
-__all__ = ["Adapter", "stacked"]
+__all__ = ["Adapter", "Part"]
+
+Values = Mapping[str, Mapping[str, Tensor]]
+"""Path of a site ("" for what all sites share, CONSTANTS for what is not trained) -> name of a tensor -> its value."""
+
+
+class Part:
+    """One method of an adapter: its sites, and float32 parameters (float64 over a float64 base) on the base's device.
+
+    `params` maps the path of a site to its parameters by name; those that all sites share stand under "". `constants`
+    are not trained.
+    """
+
+    def __init__(self, method: Method, index: int, sites: Sequence[Site], params: dict[str, dict[str, nn.Parameter]]):
+        self.method, self.index, self.params = method, index, params
+        self.sites: dict[str, Site] = {site.path: site for site in sites}
+        self.order: dict[nn.Module, tuple[Site, int]] = {site.module: (site, i) for i, site in enumerate(sites)}
+        self.constants: Mapping[str, Tensor] = {}
+
+    @property
+    def shared(self) -> bool:
+        """Whether the sites share parameters."""
+        return "" in self.params
+
+    def hold_constants(self, others: Iterable[Part]) -> None:
+        """Take the constants that were read, or those that the settings say; where one of the `others` has the same,
+        one copy serves both."""
+        like = next(next(iter(self.sites.values())).module.parameters())
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        own = self.constants or self.method.constants(list(self.sites.values()))
+        own = {name: c.to(like.device, wide if c.is_floating_point() else c.dtype) for name, c in own.items()}
+        alike = (p.constants for p in others if own and p.constants.keys() == own.keys())
+        self.constants = next((c for c in alike if all(torch.equal(c[name], own[name]) for name in own)), own)
+
+    def key(self, path: str) -> str:
+        """By what an adapter knows this part's parameters at `path`."""
+        return path if not self.index else f"{self.index}:{path}"
+
+    def at(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> Params:
+        """All that the method reads at a site, in the dtype of the computation; gradients reach the parameters.
+
+        `cache` is that of one forward. Without gradients, what is cast and derived stays in it.
+        """
+        if torch.is_grad_enabled():
+            return self._trained(path, dtype, cache)
+        spot = self, path, dtype
+        if spot not in cache:
+            cache[spot] = self._derived(path, self._cast(path, dtype, cache))
+        return cache[spot]
+
+    def form(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> LinearForm:
+        return self.method.form(self.at(path, dtype, cache), self.sites[path])
+
+    def _trained(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> Params:
+        # Sites compute theirs anew, so that a block that is computed again does as much as it did at first.
+        if not path and ("shared", self) in cache:
+            return cache["shared", self]
+        whole = cache.get(("whole", self, dtype))
+        own = self._cast(path, dtype, cache, trained=whole is None)
+        own = own if whole is None else {**own, **whole.get(path, {})}
+        made = self._derived(path, own)
+        if not path:
+            cache["shared", self] = made
+        return made
+
+    def _cast(
+        self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any], trained: bool = True
+    ) -> dict[str, Tensor]:
+        """Constants and parameters; without `trained`, only those of them that are not."""
+        found = {name: p for name, p in self.params.get(path, {}).items() if trained or not p.requires_grad}
+        kept = self.method.uncast if dtype is not None else found
+        own = {name: p if name in kept else p.to(dtype) for name, p in found.items()}
+        return {**self._constants(dtype, cache), **own}
+
+    def _constants(self, dtype: torch.dtype | None, cache: dict[Any, Any]) -> dict[str, Tensor]:
+        """The constants in `dtype`, cast once a forward for all sites and all parts that hold the same ones."""
+        cast: dict[str, Tensor] = {}
+        for name, constant in self.constants.items():
+            spot = "constant", constant, dtype
+            if spot not in cache:
+                cache[spot] = constant.to(dtype) if dtype and constant.is_floating_point() else constant
+            cast[name] = cache[spot]
+        return cast
+
+    def _derived(self, path: str, own: dict[str, Tensor]) -> Params:
+        return {**own, **self.method.derive(own, self.sites[path] if path else None)}
 
 
 class Adapter:
-    """Trainable parameters of `method` on `base`, float32 (float64 over a float64 base), on the base's device.
+    """An adapter `name` of `parts`. `seed` sets its start and its dropout. While it is trained as few flat tensors,
+    `flats` holds them all."""
 
-    `params` maps the path of a site to its parameters by name; those that all sites share stand under "". While it is
-    trained, `flats` may hold them all.
-    """
+    def __init__(self, name: str, parts: Sequence[Part], seed: int) -> None:
+        self.name, self.parts, self.seed = name, list(parts), seed
+        self.flats: Sequence[Flat] = ()
 
-    flats: Sequence[Flat] = ()
-
-    def __init__(self, name: str, method: Method, base: Structure, seed: int) -> None:
-        self.name, self.method, self.seed = name, method, seed
-        sites = method.sites(base)
-        self.sites: dict[str, Site] = {site.path: site for site in sites}
-        self.order: dict[nn.Module, tuple[Site, int]] = {site.module: (site, i) for i, site in enumerate(sites)}
+    @classmethod
+    def fresh(cls, name: str, methods: Sequence[Method], base: Structure, seed: int) -> Adapter:
+        """New parameters for `methods`, drawn from `seed`. Raises: UsageError where two of them write to one place."""
         generator = torch.Generator().manual_seed(seed)
         like = next(base.model.parameters())
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        created = {path: method.create(site, generator) for path, site in self.sites.items()}
-        created[""] = method.shared(sites, generator)
-        self.params: dict[str, dict[str, nn.Parameter]] = {
-            path: {key: nn.Parameter(value.to(like.device, dtype)) for key, value in values.items()}
-            for path, values in created.items()
-            if values
-        }
+        parts = []
+        for index, method in enumerate(methods):
+            sites = method.sites(base)
+            created = {site.path: method.create(site, generator) for site in sites}
+            created[""] = method.shared(sites, generator)
+            params = {
+                path: {key: _parameter(method, key, value.to(like.device, dtype)) for key, value in values.items()}
+                for path, values in created.items()
+                if values
+            }
+            parts.append(Part(method, index, sites, params))
+        _check_apart(name, parts)
+        return cls(name, parts, seed)
+
+    @classmethod
+    def of(cls, name: str, stored: Sequence[tuple[Method, Values]], base: Structure) -> Adapter:
+        """An adapter of values that were read, in the shapes that the methods have here."""
+        like = next(base.model.parameters())
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        parts = []
+        for index, (method, values) in enumerate(stored):
+            params = {
+                path: {key: _parameter(method, key, value.to(like.device, dtype)) for key, value in own.items()}
+                for path, own in values.items()
+                if path != CONSTANTS
+            }
+            part = Part(method, index, method.sites(base), params)
+            part.constants = values.get(CONSTANTS, {})
+            parts.append(part)
+        _check_apart(name, parts)
+        return cls(name, parts, seed=0)
+
+    # ---- what is trained
+
+    @property
+    def params(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters of all parts: path of a site -> name -> value; those of later parts under "1:path"."""
+        return {part.key(path): own for part in self.parts for path, own in part.params.items()}
+
+    def rate(self, key: str, name: str) -> float:
+        """By what the learning rate is multiplied for the parameter `name` under `key` of `params`."""
+        part = next(p for p in self.parts if any(p.key(path) == key for path in p.params))
+        path = key if not part.index else key.partition(":")[2]
+        return part.method.rate(part.sites.get(path), name)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every trainable tensor, in the order of the base's modules."""
-        for site in self.params.values():
-            yield from site.values()
-
-    def at(self, path: str, dtype: torch.dtype | None, held: dict[Any, Any]) -> Params:
-        """The parameters of one site in the dtype of the computation; gradients reach the float32 originals.
-
-        `held` keeps what one forward needs at many sites.
-        """
-        whole = _whole([self], dtype, held)
-        return Params(self.params[path], dtype) if whole is None else Params(whole[path])
+        for part in self.parts:
+            for own in part.params.values():
+                yield from (p for p in own.values() if p.requires_grad)
 
     def __len__(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    # ---- one part is the usual case
 
-def stacked(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, held: dict[Any, Any]) -> Params:
-    """The parameters of several adapters of the same settings at one site, each (K, ...); `held` as in `Adapter.at`."""
-    whole = _whole(adapters, dtype, held)
-    if whole is not None:
-        return Params(whole[path])
-    own = [adapter.params[path] for adapter in adapters]
-    return Params({key: torch.stack([params[key] for params in own]) for key in own[0]}, dtype)
+    @property
+    def method(self) -> Method:
+        """The method of the first part."""
+        return self.parts[0].method
+
+    @property
+    def methods(self) -> list[Method]:
+        return [part.method for part in self.parts]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The sites of the first part."""
+        return self.parts[0].sites
+
+    @property
+    def virtual_length(self) -> int:
+        return sum(part.method.virtual_length for part in self.parts)
+
+    @property
+    def prefix_length(self) -> int:
+        return sum(part.method.prefix_length for part in self.parts)
+
+    # ---- trained as one tensor
+
+    def lay_out(self, dtype: torch.dtype | None, cache: dict[Any, Any], together: Sequence[Adapter] = ()) -> None:
+        """Cast the flat tensors of this adapter and of those `together` with it, whose flats have the same shapes, into
+        `cache` (of one forward), where their parts find their parameters.
+        """
+        adapters = [self, *together]
+        wholes = whole_parameters([adapter.flats for adapter in adapters], dtype)
+        if any(part.method.uncast for part in self.parts):
+            uncast = whole_parameters([adapter.flats for adapter in adapters], None)
+        else:
+            uncast = wholes
+        for adapter, whole, exact in zip(adapters, wholes, uncast, strict=True):
+            for part in adapter.parts:
+                kept = part.method.uncast
+                cache["whole", part, dtype] = {
+                    path: {**whole[key], **{name: v for name, v in exact[key].items() if name in kept}}
+                    for path, key in ((path, part.key(path)) for path in part.params)
+                }
+
+    @property
+    def layout(self) -> tuple[tuple[Key, torch.Size], ...]:
+        """The names and shapes in the flats: adapters that have the same can be laid out together."""
+        return tuple(entry for flat in self.flats for entry in flat.shapes.items())
 
 
-def _whole(
-    adapters: Sequence[Adapter], dtype: torch.dtype | None, held: dict[Any, Any]
-) -> dict[str, dict[str, torch.Tensor]] | None:
-    """All parameters of adapters that are being trained, cast and laid out once a forward; None where they are not."""
-    if not torch.is_grad_enabled() or not all(adapter.flats for adapter in adapters):
-        return None
-    spot = (*(adapter.name for adapter in adapters), dtype)
-    if spot not in held:
-        held[spot] = parts_of([adapter.flats for adapter in adapters], dtype)
-    return held[spot]
+def _parameter(method: Method, name: str, value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=name not in method.untrained)
+
+
+def _check_apart(name: str, parts: Sequence[Part]) -> None:
+    """Parts may meet at a site, where the later one takes the output of the earlier. Two of one kind may not, and
+    nothing may stand at or in a module that another part replaces."""
+    seen: dict[tuple[type[Method], str], int] = {}
+    for part in parts:
+        for path in part.sites:
+            other = seen.setdefault((type(part.method), path), part.index)
+            if other != part.index:
+                what = f"parts {other} and {part.index} of {name!r} are both {part.method.title} at {path}"
+                raise UsageError(what, "Leave one out, or give them other targets.")
+            inside = None if type(part.method).whole is Method.whole else _inside(path, part, parts)
+            if inside is not None:
+                what = f"{part.method.title} of {name!r} replaces {path}, where {inside} acts"
+                raise UsageError(what, "Leave one out, or give them other targets.")
+
+
+def _inside(path: str, part: Part, parts: Sequence[Part]) -> str | None:
+    """The title of another part that acts at the module `path` or in it."""
+    acting = ((p, s) for p in parts if p is not part for s in p.sites.values() if s.kind not in ("attention", "tokens"))
+    found = (p.method.title for p, site in acting if f"{site.path}.".startswith(f"{path}."))
+    return next(found, None)

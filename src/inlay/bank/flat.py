@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Flat", "parts_of"]
+__all__ = ["Flat", "Key", "whole_parameters"]
 
-Name = tuple[str, str]
+Key = tuple[str, str]
 """A site's path, and the name of one of its parameters."""
 
 
@@ -23,8 +23,8 @@ class Flat:
     """
 
     @torch.no_grad()
-    def __init__(self, parameters: Mapping[Name, nn.Parameter]) -> None:
-        self.shapes: dict[Name, torch.Size] = {name: p.shape for name, p in parameters.items()}
+    def __init__(self, parameters: Mapping[Key, nn.Parameter]) -> None:
+        self.shapes: dict[Key, torch.Size] = {name: p.shape for name, p in parameters.items()}
         self.parameter = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters.values()]))
         for own, part in zip(parameters.values(), self.parameter.data.split(self.sizes), strict=True):
             own.data = part.view(own.shape)
@@ -34,20 +34,24 @@ class Flat:
         return [shape.numel() for shape in self.shapes.values()]
 
 
-def parts_of(flats: Sequence[Sequence[Flat]], dtype: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
-    """The parameters of adapters by site and name, in `dtype`: one adapter's as they are, those of K as (K, ...).
+def whole_parameters(flats: Sequence[Sequence[Flat]], dtype: torch.dtype | None) -> list[dict[str, dict[str, Tensor]]]:
+    """The parameters of K adapters by site and name, in `dtype`.
 
-    `flats` holds each adapter's, alike in all. Gradients reach the parameters of the flats, in one piece.
+    `flats` holds each adapter's, alike in all. Gradients reach the parameters of the flats, in one piece. The values of
+    one name are views of one contiguous tensor (K, ...).
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    found: list[dict[str, dict[str, Tensor]]] = [{} for _ in flats]
     for alike in zip(*flats, strict=True):
         own = [flat.parameter for flat in alike]
         kind = own[0].dtype if dtype is None else dtype
         whole: Tensor = own[0].to(kind) if len(own) == 1 else _Rows.apply(kind, *own)  # pyright: ignore
         shapes = alike[0].shapes
-        for (path, key), part in zip(shapes, whole.split(alike[0].sizes, -1), strict=True):
+        for (path, name), part in zip(shapes, whole.split(alike[0].sizes, -1), strict=True):
+            shape = shapes[path, name]
             # Batched products would copy rows that are far apart, in the forward and again in the backward.
-            found.setdefault(path, {})[key] = part.contiguous().view(*whole.shape[:-1], *shapes[path, key])
+            values = [part.view(shape)] if len(own) == 1 else part.contiguous().view(len(own), *shape).unbind(0)
+            for adapter, value in zip(found, values, strict=True):
+                adapter.setdefault(path, {})[name] = value
     return found
 
 

@@ -4,51 +4,53 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from inlay.batch.stack import cache_name
-from inlay.sites.probe import attention_sites, uses_interface
-
-from .calls import Route
-
-if TYPE_CHECKING:
-    from .bank import Bank
+from inlay.sites.backbone import cache_name
+from inlay.sites.observe import attention_sites, uses_interface
+from inlay.sites.structure import Structure
 
 __all__ = ["ignores_padding", "keeps_apart"]
 
 
-def keeps_apart(bank: Bank) -> bool:
+Alone = Callable[..., AbstractContextManager[None]]
+"""Opens a route of the plain base, for one row or for packed segments of the lengths that it is given."""
+
+
+def keeps_apart(base: Structure, alone: Alone) -> bool:
     """Whether tiny segments give the same states alone, packed, and packed with other tokens between them: recurrent
     and convolutional mixers carry state across."""
-    model: Any = bank.model
-    if len(bank.base.stacks) > 1 or not uses_interface(bank.base) or model.main_input_name != "input_ids":
+    model: Any = base.model
+    if len(base.stacks) > 1 or not uses_interface(base) or model.main_input_name != "input_ids":
         return False
     count = model.get_input_embeddings().num_embeddings
     first, second, third, last = (torch.arange(n, n + 5, device=model.device)[None] % count for n in (3, 8, 13, 18))
-    stack: Any = next(iter(bank.base.stacks))
+    stack: Any = next(iter(base.stacks))
 
     def around(middle: Tensor) -> Tensor:
         """The states of what stands before and behind `middle`."""
-        with bank._in_force(Route([()] * 3, [5] * 3)):
+        with alone([5] * 3):
             return _states(stack(input_ids=torch.cat([first, middle, last], 1)))[:, [*range(5), *range(10, 15)]]
 
     return _same(
-        bank,
+        base,
+        alone,
         lambda: _states(stack(input_ids=last)),
         lambda: around(second),
         lambda: around(third),
     )
 
 
-def ignores_padding(bank: Bank, behind_prefix: bool) -> bool:
+def ignores_padding(base: Structure, alone: Alone, behind_prefix: bool) -> bool:
     """Whether a tiny row gives the same states with masked columns before it, whatever they hold; behind cached keys
     and values if so asked."""
-    model: Any = bank.model
-    stack: Any = next(iter(bank.base.stacks))
+    model: Any = base.model
+    stack: Any = next(iter(base.stacks))
     count = model.get_input_embeddings().num_embeddings
     row = torch.tensor([[3, 4, 5]], device=model.device) % count
     width = 2 if behind_prefix else 0
@@ -57,7 +59,7 @@ def ignores_padding(bank: Bank, behind_prefix: bool) -> bool:
         more: dict[str, Any] = {}
         if behind_prefix:
             cache = more[cache_name(stack)] = DynamicCache()
-            for layer, site in enumerate(attention_sites(bank.base)):
+            for layer, site in enumerate(attention_sites(base)):
                 shape, generator = (1, site.heads, width), torch.Generator().manual_seed(layer)
                 k, v = (torch.randn(*shape, dim, generator=generator) for dim in (site.head_dim, site.value_dim))
                 cache.update(k.to(model.device, model.dtype), v.to(model.device, model.dtype), layer)
@@ -68,10 +70,10 @@ def ignores_padding(bank: Bank, behind_prefix: bool) -> bool:
             more["position_ids"] = torch.tensor([places], device=model.device)
         return _states(stack(input_ids=ids, attention_mask=mask, **more))[:, -3:]
 
-    return _same(bank, lambda: run(0), lambda: run(2), lambda: run(2, filler=9))
+    return _same(base, alone, lambda: run(0), lambda: run(2), lambda: run(2, filler=9))
 
 
-def _same(bank: Bank, *ways: Callable[[], Tensor]) -> bool:
+def _same(base: Structure, alone: Alone, *ways: Callable[[], Tensor]) -> bool:
     """Whether all ways, of which the later have the same shapes, give the same states but for rounding; False where
     the base cannot run one of them.
 
@@ -79,19 +81,19 @@ def _same(bank: Bank, *ways: Callable[[], Tensor]) -> bool:
     up to a sixth of the states of a trained base. What must not be seen is therefore changed while the shapes stay,
     and then hardly a bit may differ.
     """
-    model: Any = bank.model
+    model: Any = base.model
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), bank._in_force(Route([()])):
-            alone, together, changed = (way() for way in ways)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), alone():
+            single, together, changed = (way() for way in ways)
     except Exception:  # whatever a base cannot do, the other way has to do
         return False
     finally:
         for module, training in modes:
             module.training = training
     precise = together.dtype in (torch.float32, torch.float64)
-    return _apart(together, changed) < 1e-4 and _apart(alone, together[:, -alone.shape[1] :]) < (
+    return _apart(together, changed) < 1e-4 and _apart(single, together[:, -single.shape[1] :]) < (
         1e-3 if precise else 0.5
     )
 

@@ -1,53 +1,107 @@
-"""Gradient checkpointing while the base stays in evaluation mode."""
+"""Gradient checkpointing: a block is computed again in the backward, in the forward that it was computed in first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from inlay.batch.forward import FORWARD, inside
 from inlay.errors import UsageError
 
-__all__ = ["asleep", "recomputing"]
+__all__ = ["bind_checkpoints", "recomputing", "unbind_checkpoints"]
+
+NAME = "_gradient_checkpointing_func"
+
+
+class _Bound:
+    """A checkpointing function that runs its block inside the forward it was called in, whichever thread computes it
+    again. Copies and pickles get the function itself."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        forward = FORWARD.get()
+        graphs: list[bool] = []  # whether each computation of the block builds one
+
+        def run(*inner: Any, **named: Any) -> Any:
+            graphs.append(torch.is_grad_enabled())
+            # Where the first builds none, as in reentrant checkpoints, each block has a backward of its own, and can
+            # share no graph with the others.
+            own = replace(forward, cache={}) if forward is not None and graphs[0] != graphs[-1] else forward
+            with inside(own), _eval_mode_inside(function):
+                return function(*inner, **named)
+
+        return self.original(run, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.original
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self.original,)
+
+
+def _same(function: Any) -> Any:
+    return function
+
+
+def bind_checkpoints(modules: Sequence[nn.Module]) -> None:
+    """Let the checkpoints of `modules`, whoever has switched them on, know the forward that they belong to."""
+    for module in modules:
+        original = vars(module).get(NAME)
+        if original is not None and not isinstance(original, _Bound):
+            setattr(module, NAME, _Bound(original))
+
+
+def unbind_checkpoints(model: nn.Module) -> None:
+    """The inverse of `bind_checkpoints`."""
+    for module in model.modules():
+        if isinstance(bound := vars(module).get(NAME), _Bound):
+            setattr(module, NAME, bound.original)
 
 
 @contextmanager
 def recomputing(model: Any) -> Iterator[None]:
-    """Each block keeps its input alone and is computed again in the backward.
+    """Each block saves its input alone and is computed again in the backward; the base stays in evaluation mode.
 
-    transformers does so in training mode only; the flag is set on the blocks themselves, and `asleep` takes it away
-    again inside of them, where it would switch the base's own dropout on.
+    transformers recomputes in training mode only: the flags are set on the blocks themselves, and put back in the end.
+    Its own switch would leave a hook on the embeddings behind. Raises: UsageError where the base has no checkpoints.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UsageError(f"{type(model).__name__} has no gradient checkpointing", "Lower --tokens-at-once instead.")
-    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    blocks = blocks or [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    modes = [block.training for block in blocks]
-    # Newer releases of transformers have another name for it and warn of the old one.
-    enable, disable = (
-        getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
-        for what in ("enable", "disable")
-    )
-    enable({"use_reentrant": False})
+    modules = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    blocks = [m for m in modules if isinstance(m, GradientCheckpointingLayer)] or modules
+    before = [(m, {k: vars(m)[k] for k in ("gradient_checkpointing", NAME) if k in vars(m)}) for m in modules]
+    modes = [(block, block.training) for block in blocks]
     try:
+        for module in modules:
+            module.gradient_checkpointing = True
+            setattr(module, NAME, _Bound(partial(checkpoint, use_reentrant=False)))
         for block in blocks:
             block.training = True
         yield
     finally:
-        disable()
-        for block, mode in zip(blocks, modes, strict=True):
+        for module, values in before:
+            for name in ("gradient_checkpointing", NAME):
+                vars(module).pop(name, None)
+            vars(module).update(values)
+        for block, mode in modes:
             block.training = mode
 
 
 @contextmanager
-def asleep(function: Any) -> Iterator[None]:
-    """Evaluation mode for the block whose forward `function` is, where all inside of it are in it already."""
-    block = getattr(getattr(function, "func", function), "__self__", None)
-    inside = [] if not isinstance(block, nn.Module) else [m for m in block.children()]
-    if not isinstance(block, nn.Module) or not block.training or any(child.training for child in inside):
+def _eval_mode_inside(function: Any) -> Iterator[None]:
+    """Evaluation mode for the block that `function` computes, where all inside of it are in it already."""
+    block = next((o for o in _owners(function) if isinstance(o, nn.Module)), None)
+    if block is None or not block.training or any(child.training for child in block.children()):
         yield
         return
     block.training = False
@@ -55,3 +109,9 @@ def asleep(function: Any) -> Iterator[None]:
         yield
     finally:
         block.training = True
+
+
+def _owners(function: Any) -> list[Any]:
+    """Whose forward it may be: the object of a bound method, or the first argument of a partial."""
+    inner = getattr(function, "func", function)
+    return [getattr(inner, "__self__", None), *getattr(function, "args", ())[:1]]

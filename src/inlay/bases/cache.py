@@ -1,4 +1,4 @@
-"""The folder that fetched and converted things are kept in, and how they get there whole."""
+"""The cache folder: what is fetched or converted is written beside and renamed, so that it is whole or not there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from inlay.errors import InlayError
 from inlay.files import flush_folder
 
-__all__ = ["file_digest", "home", "kept"]
+__all__ = ["cached", "file_digest", "home"]
 
 
 def home() -> Path:
@@ -24,7 +24,7 @@ def home() -> Path:
         raise InlayError("this user has no home folder to keep a cache in", "Set INLAY_HOME to a folder.") from None
 
 
-def kept(name: str, make: Callable[[Path], None]) -> Path:
+def cached(name: str, make: Callable[[Path], None]) -> Path:
     """`home()/name`, a file or folder that `make` writes the first time.
 
     It is written in a folder beside, flushed and renamed, so that a kill at any moment leaves the name whole or

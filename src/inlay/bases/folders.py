@@ -1,4 +1,4 @@
-"""Looks a model folder over before anything is loaded: is it whole, is it safe, which class opens it."""
+"""Checks a model folder before anything is loaded: are its files whole and safe, and which class opens it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from inlay.errors import FormatError, InlayError, UsageError
 
-__all__ = ["check_quantization", "checked_config", "has_tokenizer", "model_class", "stored"]
+__all__ = ["check_quantization", "checked_config", "has_tokenizer", "model_class", "weights_stored"]
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -21,8 +21,13 @@ def checked_config(folder: Path) -> dict[str, Any]:
     """The settings in config.json of a folder whose weights are all there, as whole safetensors files.
 
     Only headers are read. Raises: UsageError where the folder is not a model's; FormatError naming the file that is
-    missing, truncated or of a kind that is not opened.
+    missing, truncated or of a kind that is not opened; InlayError where a file may not be read.
     """
+    try:
+        next(folder.iterdir(), None)
+        (folder / "config.json").is_file()
+    except OSError as error:
+        raise InlayError(f"base {folder} cannot be read ({error.strerror})", "Check its permissions.") from None
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} holds no config.json", _instead(folder))
     if (folder / "adapter_config.json").exists():  # transformers would put that adapter into the model unasked
@@ -43,7 +48,7 @@ def has_tokenizer(folder: Path) -> bool:
     )
 
 
-def stored(folder: Path) -> tuple[int, str | None]:
+def weights_stored(folder: Path) -> tuple[int, str | None]:
     """How many numbers the weights in `folder` are, and the dtype of most of them by torch's name (None for others).
 
     Only headers are read.
@@ -66,11 +71,11 @@ def check_quantization(config: dict[str, Any], folder: Path) -> None:
         return
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-    said = config["quantization_config"]
-    said = said if isinstance(said, dict) else {"quant_method": said}
-    flagged = said.get("load_in_4bit") or said.get("load_in_8bit")  # how older bitsandbytes folders say it
-    if not flagged and said.get("quant_method") not in AUTO_QUANTIZER_MAPPING:
-        what = f"{folder} is quantized by {said.get('quant_method')!r}, which transformers does not know"
+    settings = config["quantization_config"]
+    settings = settings if isinstance(settings, dict) else {"quant_method": settings}
+    flagged = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # how older bitsandbytes folders say it
+    if not flagged and settings.get("quant_method") not in AUTO_QUANTIZER_MAPPING:
+        what = f"{folder} is quantized by {settings.get('quant_method')!r}, which transformers does not know"
         raise FormatError(what, "Use an unquantized copy of the base.")
 
 
@@ -81,8 +86,8 @@ def model_class(config: dict[str, Any], folder: Path) -> Any:
     """
     import transformers
 
-    said = config.get("architectures")
-    named = [str(name) for name in said] if isinstance(said, list) else [said] if isinstance(said, str) else []
+    listed = config.get("architectures")
+    named = [str(name) for name in listed] if isinstance(listed, list) else [listed] if isinstance(listed, str) else []
     for name in named:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):

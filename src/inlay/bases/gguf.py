@@ -34,7 +34,7 @@ def convert(file: Path, folder: Path) -> None:
     """
     with quiet(), redirect_stderr(StringIO()):  # one of the bars asks no switch
         try:
-            rule, special = _said_of_tokens(file)
+            rule, special = _token_settings(file)
             model, tokenizer = _read(file)
             _split(tokenizer, rule, file)
             for name, number in special.items():  # some releases of transformers take one for another
@@ -51,9 +51,9 @@ def convert(file: Path, folder: Path) -> None:
             ) from None
 
 
-def _said_of_tokens(file: Path) -> tuple[str | None, dict[str, int]]:
-    """How the file's byte-level tokenizer splits text ahead of its merges (None for other kinds of tokenizer), and the
-    ids of its special tokens by the tokenizer's names for them.
+def _token_settings(file: Path) -> tuple[str | None, dict[str, int]]:
+    """The rule by which the file's byte-level tokenizer splits text before its merges (None for other kinds), and the
+    ids of its special tokens by their names in transformers.
 
     Raises: FormatError where the file holds what transformers would leave out.
     """
@@ -63,11 +63,11 @@ def _said_of_tokens(file: Path) -> tuple[str | None, dict[str, int]]:
     if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         what = f"{file} scales its rotary frequencies (rope_freqs.weight), which transformers leaves out"
         raise FormatError(what, "Use the model's transformers folder.")
-    said = {key: _content(reader.get_field(f"tokenizer.ggml.{key}")) for key in ("model", "pre", *SPECIAL)}
-    special = {name: said[key] for key, name in SPECIAL.items() if isinstance(said[key], int)}
-    if said["model"] != "gpt2":
+    fields = {key: _content(reader.get_field(f"tokenizer.ggml.{key}")) for key in ("model", "pre", *SPECIAL)}
+    special = {name: fields[key] for key, name in SPECIAL.items() if isinstance(fields[key], int)}
+    if fields["model"] != "gpt2":
         return None, special
-    return str(said["pre"] or "default"), special
+    return str(fields["pre"] or "default"), special
 
 
 def _content(field: Any) -> Any:
@@ -86,9 +86,11 @@ def _read(file: Path) -> tuple[Any, Any]:
     model, report = causal.from_pretrained(
         str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True, **plain
     )
-    gaps = sorted(report["missing_keys"])
-    if gaps:
-        raise FormatError(f"{file} lacks {len(gaps)} weights of its model: {', '.join(gaps[:3])}", "Copy it again.")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise FormatError(
+            f"{file} lacks {len(missing)} weights of its model: {', '.join(missing[:3])}", "Copy it again."
+        )
     model.hf_quantizer = None  # else the folder would say that it is quantized
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

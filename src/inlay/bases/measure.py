@@ -52,7 +52,7 @@ def speeds(config: Mapping[str, Any] | None = None) -> Speeds:
     hidden, inner = shape_of(config)
     key = f"{_processor()}; torch {torch.__version__}; {hidden} x {inner}"
     if key not in _seen:
-        known = _kept()
+        known = _cached()
         found = known.get(key)
         if found is None:
             found = _measured(hidden, inner)
@@ -142,11 +142,11 @@ def _file() -> Path:
     return home() / "machine.json"
 
 
-def _kept() -> dict[str, Speeds]:
+def _cached() -> dict[str, Speeds]:
     """What earlier processes measured; nothing of a file that is broken."""
     try:
-        said = json.loads(_file().read_text(encoding="utf8"))["gflops"]
-        return {key: {n: float(own[n]) for n in ("float32", "bfloat16")} for key, own in said.items() if _sound(own)}
+        saved = json.loads(_file().read_text(encoding="utf8"))["gflops"]
+        return {key: {n: float(own[n]) for n in ("float32", "bfloat16")} for key, own in saved.items() if _sound(own)}
     except (OSError, InlayError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -157,11 +157,11 @@ def _sound(own: Mapping[str, Any]) -> bool:
 
 def _processor() -> str:
     """The processor's name, and a digest of the instructions that it (or the virtual machine) has."""
-    said: dict[str, str] = {}
+    cpu: dict[str, str] = {}
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf8", errors="replace").splitlines():
             name, _, value = line.partition(":")
-            said.setdefault(name.strip(), value.strip())
-    flags = sorted((said.get("flags") or said.get("Features") or "").split())
-    name = said.get("model name") or platform.processor() or platform.machine()
+            cpu.setdefault(name.strip(), value.strip())
+    flags = sorted((cpu.get("flags") or cpu.get("Features") or "").split())
+    name = cpu.get("model name") or platform.processor() or platform.machine()
     return f"{name}; {hashlib.sha256(' '.join(flags).encode()).hexdigest()[:8]}"

@@ -17,7 +17,7 @@ from inlay.errors import UsageError
 from .choices import QUANTIZATIONS
 from .extras import require
 
-__all__ = ["QUANTIZATIONS", "quantization", "settled"]
+__all__ = ["QUANTIZATIONS", "keep_layout", "quantization"]
 
 
 def quantization(
@@ -45,7 +45,7 @@ def quantization(
     return {"quantization_config": settings, "device_map": {"": str(device)}}
 
 
-def settled(model: nn.Module) -> None:
+def keep_layout(model: nn.Module) -> None:
     """Keep quantized layers as they are: on some CPUs, bitsandbytes else rearranges and rounds them for good when one
     runs without gradients, and cannot take gradients through them any more."""
     for module in model.modules():

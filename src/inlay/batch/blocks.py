@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .prefixes import Prefixes
-from .taking import Put, Take, laid_out
+from inlay.kernels.gather import Gather, Scatter, padded_index
+from inlay.sites.attention import QKV, is_own
 
-__all__ = ["QKV", "Blocks", "StreamMask"]
+from .prefixes import Prefixes
+
+__all__ = ["Blocks", "StreamMask"]
 
 SHORT = 128
 """Keys below which a CPU's softmax in bfloat16 takes up to four times as long as one in float32 and two casts."""
@@ -21,15 +23,13 @@ SHORT = 128
 LANES = 32
 """Numbers that a CPU takes at once; its gradient of a softmax over fewer takes four times as long in bfloat16."""
 
-QKV = tuple[Tensor, Tensor, Tensor]
-
 
 class StreamMask:
     """What the base's layers hand around in place of a mask: the rule, to be evaluated inside each segment."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
-        self.held: dict[Any, Any] = {}
+        self.cache: dict[Any, Any] = {}
 
 
 @dataclass
@@ -55,7 +55,8 @@ class Blocks:
         starts = [sum(lengths[:unit]) for unit in range(len(lengths))]
         self._blocks: list[_Block] = []
         for units in _like_lengths(lengths):
-            index, real = laid_out(torch.tensor([starts[u] for u in units]), torch.tensor([lengths[u] for u in units]))
+            begins, sizes = (torch.tensor([own[u] for u in units]) for own in (starts, lengths))
+            index, real = padded_index(begins, sizes)
             self._blocks.append(_Block(units, index.to(device), real.to(device)))
         self._places: dict[tuple[int, int, bool], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -67,7 +68,7 @@ class Blocks:
         pieces = []
         for number, (q, k, v) in enumerate(zip(*(self._cut(x, shared) for x in qkv), strict=True)):
             block = self._blocks[number]
-            found = self.prefixes.stacked(module, block.units, *qkv[1:]) if self.prefixes.longest else None
+            found = self.prefixes.of(module, block.units, *qkv[1:]) if self.prefixes.longest else None
             if found is not None:
                 k, v = (torch.cat([f.transpose(0, 1).flatten(0, 1), x], 1) for f, x in zip(found, (k, v), strict=True))
             bias = self._bias(mask, number, k.shape[1], q.dtype)
@@ -82,7 +83,7 @@ class Blocks:
         by_token = not x.is_contiguous()
         index, home, _ = self._placed(heads, shared, by_token)
         rows = (x.transpose(1, 2) if by_token else x).reshape(-1, dim)
-        taken: Tensor = Take.apply(rows, index, home)  # pyright: ignore
+        taken: Tensor = Gather.apply(rows, index, home)  # pyright: ignore
         sizes = [block.index.numel() * heads for block in self._blocks]
         parts = [taken] if len(sizes) == 1 else taken.split(sizes)
         return [
@@ -92,7 +93,7 @@ class Blocks:
     def _joined(self, pieces: list[Tensor], heads: int, shared: int) -> Tensor:
         index, home, padding = self._placed(heads, shared, True)
         joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        rows: Tensor = Put.apply(joined, index, home, padding)  # pyright: ignore
+        rows: Tensor = Scatter.apply(joined, index, home, padding)  # pyright: ignore
         return rows.view(1, -1, heads, rows.shape[-1])
 
     def _placed(self, heads: int, shared: int, by_token: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,11 +121,11 @@ class Blocks:
     def _bias(self, mask: StreamMask, number: int, keys: int, dtype: torch.dtype) -> Tensor:
         """(b, 1, n, P + n) additive mask of a block, made once for all layers that share the rule and the width."""
         spot = number, keys, dtype
-        if spot not in mask.held:
+        if spot not in mask.cache:
             seen = self._seen(mask, self._blocks[number], keys)
             # A padded query keeps a key of its own, so that no row of the softmax is empty.
-            mask.held[spot] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-        return mask.held[spot]
+            mask.cache[spot] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        return mask.cache[spot]
 
     def _seen(self, mask: StreamMask, block: _Block, keys: int) -> Tensor:
         size, device = block.index.shape[1], block.index.device
@@ -160,7 +161,7 @@ def _attended(
     """Attention of one block, laid out like q; `bias` is (b, 1, n, keys)."""
     rows, _, size, keys = bias.shape
     shared = len(q) // rows
-    if plain.__name__ == "eager_attention_forward":  # the model's own: soft caps, sinks and whatever else it does
+    if is_own(plain):  # the model's own: soft caps, sinks and whatever else it does
         heads = [x.view(shared, rows, -1, s, x.shape[2]) for x, s in ((q, size), (k, keys), (v, keys))]
         made = plain(module, *(x.transpose(0, 1).flatten(1, 2) for x in heads), bias, **rest)[0]
         return made.transpose(1, 2).unflatten(1, (shared, -1)).transpose(0, 1)

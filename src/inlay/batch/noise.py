@@ -1,4 +1,4 @@
-"""Noise that depends on what a token is, not on where it stands in the batch: dropout masks, shaken embeddings."""
+"""Noise that depends on what a token is, not on where it stands in the batch: dropout masks, noise on embeddings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Dropper", "Noise", "Shake", "shaken"]
+__all__ = ["Dropper", "NeftuneNoise", "Noise", "neftune"]
 
 
 @dataclass(frozen=True)
-class Shake:
+class NeftuneNoise:
     """NEFTune's noise for a unit of `tokens`: uniform within `alpha` / sqrt(tokens x width), drawn from `seed`.
 
     Paper: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning" (arXiv:2310.05914).
@@ -27,33 +27,32 @@ class Shake:
 
 @dataclass(frozen=True)
 class Noise:
-    """The step of training, the sample in each unit (row or segment) of the batch, and how its embeddings shake."""
+    """For each row or segment of the batch: the step of its learner, its sample, and the noise on its embeddings."""
 
-    step: int
+    steps: Sequence[int]
     samples: Sequence[int]
-    shakes: Sequence[Shake | None] = ()
+    neftune: Sequence[NeftuneNoise | None] = ()
 
 
-def shaken(embedded: Tensor, places: Sequence[tuple[int, Tensor]], noise: Noise) -> Tensor:
+def neftune(embedded: Tensor, places: Sequence[tuple[int, Tensor]], noise: Noise) -> Tensor:
     """Embeddings (rows, columns, width) with noise at the own tokens of each unit, `places` (row, columns)."""
     delta = torch.zeros_like(embedded)
-    for (row, index), shake, sample in zip(places, noise.shakes, noise.samples, strict=True):
-        if shake is not None and shake.alpha:
-            generator = _generator(f"{shake.seed}//{noise.step}/{sample}", embedded.device)
-            drawn = torch.rand(shake.tokens, embedded.shape[2], generator=generator, device=embedded.device)
-            scale = shake.alpha / math.sqrt(shake.tokens * embedded.shape[2])
-            delta[row, index[: shake.tokens].to(delta.device)] = ((2 * drawn - 1) * scale).to(delta.dtype)
+    for (row, index), own, step, sample in zip(places, noise.neftune, noise.steps, noise.samples, strict=True):
+        if own is not None and own.alpha:
+            generator = _generator(f"{own.seed}//{step}/{sample}", embedded.device)
+            drawn = torch.rand(own.tokens, embedded.shape[2], generator=generator, device=embedded.device)
+            scale = own.alpha / math.sqrt(own.tokens * embedded.shape[2])
+            delta[row, index[: own.tokens].to(delta.device)] = ((2 * drawn - 1) * scale).to(delta.dtype)
     return embedded + delta
 
 
 @dataclass(frozen=True)
 class Dropper:
-    """Draws masks for one adapter at one site: `units` are (sample, first real token, number of tokens)."""
+    """Draws masks for one adapter at one site: `units` are (step, sample, first real token, tokens)."""
 
     seed: int
     path: str
-    step: int
-    units: Sequence[tuple[int, int, int]]
+    units: Sequence[tuple[int, int, int, int]]
 
     def __call__(self, x: Tensor, p: float) -> Tensor:
         """x (rows, tokens, width) or (tokens, width) with a share `p` of its entries zero and the rest scaled up."""
@@ -61,9 +60,9 @@ class Dropper:
         kept = torch.cat([self._drawn(unit, x, p) for unit in self.units])
         return (flat * kept).view(x.shape)
 
-    def _drawn(self, unit: tuple[int, int, int], x: Tensor, p: float) -> Tensor:
-        sample, lead, tokens = unit
-        generator = _generator(f"{self.seed}/{self.path}/{self.step}/{sample}", x.device)
+    def _drawn(self, unit: tuple[int, int, int, int], x: Tensor, p: float) -> Tensor:
+        step, sample, lead, tokens = unit
+        generator = _generator(f"{self.seed}/{self.path}/{step}/{sample}", x.device)
         drawn = torch.rand(tokens - lead, x.shape[-1], generator=generator, device=x.device)
         kept = (drawn >= p).to(x.dtype) / (1 - p)
         return kept if not lead else torch.cat([kept.new_ones(lead, x.shape[-1]), kept])

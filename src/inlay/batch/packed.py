@@ -1,4 +1,4 @@
-"""One packed call: a single row of tokens, cut into segments that never see each other."""
+"""One packed forward: a single row of tokens, cut into segments that never see each other."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import UsageError
+from inlay.sites.attention import QKV, is_own
+from inlay.sites.backbone import Backbone
 
 from . import flash
-from .blocks import QKV, Blocks, StreamMask
-from .call import Call
-from .portions import Portions
+from .blocks import Blocks, StreamMask
+from .layout import Layout, Unit
+from .partition import Partition
 from .prefixes import Prefixes
 from .route import Blend
-from .stack import Stack
 
-__all__ = ["PackedCall", "checked_places"]
+__all__ = ["PackedLayout", "checked_places"]
 
 
-class PackedCall(Call):
+class PackedLayout(Layout):
     """Segments of `lengths` tokens, each with its blend, its virtual tokens before token `places[i]`, its prefix keys.
 
-    With `writes`, the state that a segment's token before its virtual ones hands on is that of the last virtual one.
+    With `last_virtual_predicts`, the state that a segment's token before its virtual ones hands on is that of the last
+    virtual one. `prompts` are the lengths of the segments' prompts, where they are known.
     """
 
     attends = True
 
     def __init__(
-        self, owner: object, blends: Sequence[Blend], lengths: Sequence[int], stack: Stack, virtual: Sequence[int],
+        self, blends: Sequence[Blend], lengths: Sequence[int], backbone: Backbone, virtual: Sequence[int],
         prefixes: Prefixes, values: Callable[[Blend], Tensor | None], places: Sequence[int] | None = None,
-        writes: bool = True,
+        last_virtual_predicts: bool = True, prompts: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.places = checked_places(places, lengths)
-        self.writes = writes
+        self.last_virtual_predicts = last_virtual_predicts
         self.lengths = [length + v for length, v in zip(lengths, virtual, strict=True)]
-        super().__init__(owner, Portions(blends, self.lengths))
-        self.blends, self.stack, self.prefixes, self._values = list(blends), stack, prefixes, values
-        self.virtual = list(virtual)
+        super().__init__(blends, Partition(blends, self.lengths), backbone, prefixes, values)
+        self.virtual, self.prompts = list(virtual), list(lengths if prompts is None else prompts)
         self.starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
         spans = zip(self.lengths, self.places, virtual, strict=True)
         self._real = torch.cat([_outside(torch.arange(n), at, v) for n, at, v in spans])
@@ -47,31 +48,40 @@ class PackedCall(Call):
         self._rows: flash.Rows | None = None
         self._blocks: Blocks | None = None
 
-    def unfold(self, value: Tensor, width: int | None) -> Tensor:
-        tokens = self.portions.total
+    def to_units(self, value: Tensor, width: int | None) -> Tensor:
+        tokens = self.partition.total
         if self._by_head(value):
             value = value.transpose(1, 2)
         if tokens not in value.shape[:2] or (value.ndim > 2 and value.shape[1] != tokens):
             raise UsageError(
                 f"an activation {tuple(value.shape)} does not hold {tokens} tokens", "Choose other targets."
             )
-        return value.reshape(tokens, -1, width).squeeze(1) if width else value.reshape(tokens)
+        return value.reshape(-1, width) if width else value.reshape(tokens)
 
-    def fold(self, value: Tensor, like: Tensor) -> Tensor:
+    def from_units(self, value: Tensor, like: Tensor) -> Tensor:
         if not self._by_head(like):
             return value.reshape(like.shape)
         return value.view(1, like.shape[2], like.shape[1], like.shape[3]).transpose(1, 2)
 
+    def samples(self, members: Sequence[int], vectors: int) -> list[Unit]:
+        return [(segment, 0, self.lengths[segment] * vectors) for segment in members]
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        position = torch.full((len(self._real),), -1, device=self._real.device)
+        own = [torch.arange(n - v) for n, v in zip(self.lengths, self.virtual, strict=True)]
+        position[self._real] = torch.cat(own).to(position.device)
+        lengths = [torch.full((n,), p) for n, p in zip(self.lengths, self.prompts, strict=True)]
+        return position, torch.cat(lengths).to(position.device)
+
     def _by_head(self, value: Tensor) -> bool:
         """Whether heads come before tokens, as where a norm acts on a query's heads; tokens have the larger stride."""
-        if value.ndim != 4 or value.shape[2] != self.portions.total:
+        if value.ndim != 4 or value.shape[2] != self.partition.total:
             return False
         return value.shape[1] == 1 or value.stride(1) < value.stride(2)
 
-    # ---- the call's arguments
+    # ---- the backbone's arguments
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The stack's arguments for the stream with virtual tokens in place."""
         ids = given.get("input_ids")
         tokens = int(self._real.sum())
         if ids is None or ids.shape != (1, tokens):
@@ -79,18 +89,17 @@ class PackedCall(Call):
         device = ids.device
         self._real = self._real.to(device)
         if not self._filled:
-            wide = torch.full((1, len(self._real)), self.stack.filler, dtype=ids.dtype, device=device)
+            wide = torch.full((1, len(self._real)), self.backbone.filler, dtype=ids.dtype, device=device)
             ids = wide.masked_scatter(self._real[None], ids)
         # A mask of ones keeps the base from looking for segments of its own.
         given = {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        if self.stack.takes_positions:
+        if self.backbone.takes_positions:
             shifts = self.prefixes.lengths
             spans = [torch.arange(n) + shift for n, shift in zip(self.lengths, shifts, strict=True)]
-            given["position_ids"] = (torch.cat(spans) + self.stack.first).to(device)[None]
+            given["position_ids"] = (torch.cat(spans) + self.backbone.first).to(device)[None]
         return given
 
     def embed(self, embedded: Tensor) -> Tensor | None:
-        """Put virtual tokens into the embeddings of the widened stream, once a call."""
         if self._filled:
             return None
         self._filled = True
@@ -100,17 +109,15 @@ class PackedCall(Call):
         return embedded.index_copy(1, at, values[None].to(embedded.dtype))
 
     def narrow(self, states: Tensor) -> Tensor:
-        """(1, T', ...) states without the virtual tokens."""
         if not any(self.virtual):
             return states
         kept = self._real.nonzero()[:, 0]
         for start, at, virtual in zip(self.starts, self.places, self.virtual, strict=True):
-            if self.writes and at and virtual:
+            if self.last_virtual_predicts and at and virtual:
                 kept[kept == start + at - 1] = start + at + virtual - 1
         return states[:, kept]
 
     def own_tokens(self, embedded: Tensor) -> list[tuple[int, Tensor]]:
-        """For each segment, the row that it is in (0) and the indices of its own tokens."""
         sizes = [n - v for n, v in zip(self.lengths, self.virtual, strict=True)]
         return [(0, index) for index in self._real.nonzero()[:, 0].split(sizes)]
 
@@ -119,9 +126,7 @@ class PackedCall(Call):
     def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
         return StreamMask(call["mask_function"])
 
-    def attend(
-        self, plain: Callable[..., Any], module: nn.Module, qkv: QKV, mask: Any, **rest: Any
-    ) -> tuple[Tensor, Any]:
+    def attend(self, plain: Callable[..., Any], module: nn.Module, qkv: QKV, mask: Any, **rest: Any) -> Any:
         if not isinstance(mask, StreamMask) or rest.get("position_bias") is not None:
             raise NotImplementedError("this base makes its masks or biases in a way that a packed stream cannot follow")
         window = self._window(plain, mask, qkv)
@@ -133,19 +138,19 @@ class PackedCall(Call):
 
     def _window(self, plain: Callable[..., Any], mask: StreamMask, qkv: QKV) -> Any:
         """What each token sees before and after it, where a kernel for whole streams can do all there is to do."""
-        if plain.__name__ == "eager_attention_forward" or not flash.fits(qkv[0], qkv[2]):
+        if is_own(plain) or not flash.fits(qkv[0], qkv[2]):
             return None
         longest = max(n + p for n, p in zip(self.lengths, self.prefixes.lengths, strict=True))
-        if longest not in mask.held:
-            mask.held[longest] = flash.window_of(mask.function, longest, qkv[0].device)
-        return mask.held[longest]
+        if longest not in mask.cache:
+            mask.cache[longest] = flash.window_of(mask.function, longest, qkv[0].device)
+        return mask.cache[longest]
 
     def _flashed(self, module: nn.Module, qkv: QKV, window: flash.Window, scaling: float | None) -> Tensor:
         """(T, heads, dim)"""
         if self._rows is None:
             self._rows = flash.Rows.of(self.lengths, self.prefixes.lengths, qkv[0].device)
         units = range(len(self.lengths))
-        found = self.prefixes.stacked(module, units, *qkv[1:]) if self.prefixes.longest else None
+        found = self.prefixes.of(module, units, *qkv[1:]) if self.prefixes.longest else None
         q, k, v = (x.transpose(1, 2)[0] for x in qkv)
         return flash.flash(q, k, v, self._rows, window, scaling, found)
 

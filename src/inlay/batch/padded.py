@@ -1,8 +1,8 @@
-"""One padded call: virtual tokens stand directly before each row's first real one, prefix keys before all."""
+"""One padded forward: virtual tokens stand directly before each row's first real one, prefix keys before all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,66 +10,90 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inlay.errors import UsageError
+from inlay.sites.attention import QKV, is_own
+from inlay.sites.backbone import Backbone
 
-from .call import Call
-from .portions import Portions
+from .layout import Layout, Unit
+from .partition import Partition
 from .prefixes import Prefixes
 from .route import Blend
-from .stack import Stack
+from .sources import decoder_source, encoder_source
 
-__all__ = ["PaddedCall", "columns"]
+__all__ = ["PaddedLayout", "columns"]
 
 
-class PaddedCall(Call):
+class PaddedLayout(Layout):
     """B rows of L columns, widened by the longest run of virtual tokens.
 
-    `virtual` and `places` hold, for each row, the number of virtual tokens and before which of its own they stand.
-    With `writes`, the state that the token before them hands on is that of the last virtual one.
+    `virtual` and `places` hold, for each row, the number of virtual tokens and before which of its own they stand. With
+    `last_virtual_predicts`, the state that the token before them hands on is that of the last virtual one. With
+    `first_virtual_pools`, a row's first token hands on the state of the virtual one that stands first, as in HF PEFT.
+    `prompts` are the lengths of the rows' prompts, where they are known.
     """
 
     def __init__(
-        self, owner: object, blends: Sequence[Blend], stack: Stack, virtual: Sequence[int], prefixes: Prefixes,
+        self, blends: Sequence[Blend], backbone: Backbone, virtual: Sequence[int], prefixes: Prefixes,
         values: Callable[[Blend], Tensor | None], by_cache: bool = False, continued: bool = False,
-        places: Sequence[int] | None = None, writes: bool = True,
+        places: Sequence[int] | None = None, last_virtual_predicts: bool = True, prompts: Sequence[int] | None = None,
+        first_virtual_pools: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(owner, Portions(blends))
-        self.blends, self.stack, self.prefixes, self._values = list(blends), stack, prefixes, values
+        super().__init__(blends, Partition(blends), backbone, prefixes, values)
         self.by_cache = by_cache and prefixes.longest > 0
         self.virtual = torch.tensor(virtual)
         self.places = torch.tensor([0] * len(blends) if places is None else list(places))
-        self.writes = writes
+        self.last_virtual_predicts, self.first_virtual_pools = last_virtual_predicts, first_virtual_pools
         self.widest = max(virtual, default=0)
         self.uneven = len(set(virtual)) > 1
         self.attends = (prefixes.longest > 0 and not by_cache) or self.uneven
         self.source: Tensor | None = None  # (B, W): original column, -1 padding, -2-j virtual token j
         self.lead = torch.zeros(len(blends), dtype=torch.long)
         self.continued = continued
+        self.prompts = None if prompts is None else torch.tensor(list(prompts))
         self._filled = True
+        self._own: tuple[Tensor, int] | None = None  # the mask of own tokens (B, past + L), and L
 
-    def unfold(self, value: Tensor, width: int | None) -> Tensor:
+    def to_units(self, value: Tensor, width: int | None) -> Tensor:
         rows = len(self.blends)
         if value.numel() % (rows * (width or 1)) or (value.shape[0] != rows and value.ndim > 2):
             raise UsageError(f"an activation {tuple(value.shape)} does not hold {rows} rows", "Choose other targets.")
-        return value.reshape(rows, -1, width) if width else value.reshape(rows, -1)
+        return value.reshape(-1, width) if width else value.reshape(-1)
 
-    # ---- the call's arguments
+    def samples(self, members: Sequence[int], vectors: int) -> list[Unit]:
+        return [(row, int(self.lead[row]), vectors) for row in members]
+
+    def positions(self) -> tuple[Tensor, Tensor] | None:
+        if self._own is None:
+            return None
+        whole, length = self._own
+        position = torch.where(whole > 0, whole.cumsum(1) - 1, -1)[:, -length:]
+        lengths = whole.sum(1) if self.prompts is None else self.prompts.to(whole.device)
+        if self.source is not None and self.source.shape[1] == self.widest + length:
+            position = self._widened(position, -1, -1)
+        return position.flatten(), lengths[:, None].expand_as(position).flatten()
+
+    def prompt_lengths(self) -> tuple[int, ...] | None:
+        if self._own is None:
+            return None
+        return tuple((self._own[0].sum(1) if self.prompts is None else self.prompts).tolist())
+
+    # ---- the backbone's arguments
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The stack's arguments with virtual tokens, positions and masks in place."""
         ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
         inputs = ids if ids is not None else embeds
+        self._note_own(inputs, mask, given)
         if inputs is None or not (self.widest or self.prefixes.longest):
             return given
-        if self.continued and not columns(given.get(self.stack.cache)):
+        if self.continued and not columns(given.get(self.backbone.cache)):
             return given  # a recurrent state, which has taken the virtual tokens in
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UsageError("prefixes and virtual tokens need a 2-D attention mask", "Give (rows, tokens).")
         rows, length = inputs.shape[:2]
-        past, extra = self._past(given.get(self.stack.cache))
+        past, extra = self._past(given.get(self.backbone.cache))
         real = past - extra
         self.virtual, self.places = self.virtual.to(inputs.device), self.places.to(inputs.device)
         whole = inputs.new_ones(rows, real + length, dtype=torch.long) if mask is None else mask.long()
-        self._lay_out(whole, inputs.device)
+        self._lay_out(whole)
         given = self._positioned(given, ids, whole, real, length)
         if self.widest:
             given["attention_mask"] = self._widened(whole, 1, 0)
@@ -79,38 +103,33 @@ class PaddedCall(Call):
             self._prefilled(given, whole, past)
         return given
 
+    def _note_own(self, inputs: Tensor | None, mask: Any, given: Mapping[str, Any]) -> None:
+        """Remember which columns are the rows' own tokens: `positions` may be asked for them."""
+        if inputs is None:
+            return
+        rows, length = inputs.shape[:2]
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self._own = mask.long(), length
+        else:
+            past, extra = self._past(given.get(self.backbone.cache))
+            self._own = inputs.new_ones(rows, past - extra + length, dtype=torch.long), length
+
     def _past(self, cache: Any) -> tuple[int, int]:
         """Cached columns, and how many of them are virtual or prefix."""
-        past = columns(cache) if self.stack.part != "encoder" else 0
-        if past and type(cache).__name__ == "StaticCache":
+        past = columns(cache) if self.backbone.part != "encoder" else 0
+        if past and (self.widest or self.prefixes.longest) and type(cache).__name__ == "StaticCache":
             raise UsageError("a static cache has no room for prefixes and virtual tokens", "Use the default cache.")
         return past, (self.widest + (self.prefixes.longest if self.by_cache else 0)) if past else 0
 
-    def _lay_out(self, mask: Tensor, device: torch.device) -> None:
-        first, width = mask.argmax(1), self.widest
+    def _lay_out(self, mask: Tensor) -> None:
+        first, width, length = mask.argmax(1), self.widest, mask.shape[1]
         if bool(((self.places < 0) | (self.places > mask.sum(1))).any()):
             raise UsageError(f"places {self.places.tolist()} lie outside of their rows", "Count the rows' own tokens.")
-        if self.stack.part == "encoder":
-            return self._lay_out_encoder(first, mask.shape[1])
-        self.lead = first + width - self.virtual
-        if not width:
-            return
-        column = torch.arange(width + mask.shape[1], device=device)[None]
-        start, end = (self.lead + self.places)[:, None], (first + self.places + width)[:, None]
-        source = torch.where(column < end, column - (width - self.virtual)[:, None], column - width)
-        source = torch.where(column < (width - self.virtual)[:, None], -1, source)
-        self.source = torch.where((column >= start) & (column < end), start - column - 2, source)
-
-    def _lay_out_encoder(self, first: Tensor, length: int) -> None:
-        """Nothing is ever appended to an encoder's rows: new padding goes behind them, where it moves no position."""
-        self.lead = first
-        if self.widest:
-            column = torch.arange(self.widest + length, device=first.device)[None]
-            first = first + self.places
-            start, end = first[:, None], (first + self.virtual)[:, None]
-            source = torch.where(column < start, column, column - self.virtual[:, None])
-            source = torch.where(column >= length + self.virtual[:, None], -1, source)
-            self.source = torch.where((column >= start) & (column < end), start - column - 2, source)
+        encoder = self.backbone.part == "encoder"
+        self.lead = first if encoder else first + width - self.virtual
+        if width:
+            source = encoder_source if encoder else decoder_source
+            self.source = source(first, self.places, self.virtual, width, length)
 
     def _widened(self, values: Tensor, virtual: Any, padding: Any) -> Tensor:
         """(B, L) values in the widened call: `virtual` at virtual tokens, `padding` at new padding."""
@@ -122,13 +141,13 @@ class PaddedCall(Call):
     def _positioned(
         self, given: dict[str, Any], ids: Tensor | None, mask: Tensor, real: int, length: int
     ) -> dict[str, Any]:
-        if not self.stack.takes_positions:
+        if not self.backbone.takes_positions:
             return given
         moved = (self.virtual + torch.tensor(self.prefixes.lengths, device=mask.device))[:, None]
         positions = given.get("position_ids")
         if positions is None:
-            plain = self.stack.plain_positions(ids, mask, real)
-            positions = torch.where(moved > 0, self.stack.real_positions(mask, real), plain)
+            plain = self.backbone.plain_positions(ids, mask, real)
+            positions = torch.where(moved > 0, self.backbone.real_positions(mask, real), plain)
         positions = positions.expand(len(self.blends), length)
         behind = mask[:, -length:].bool()
         if bool(((positions.diff(dim=1) < 0) & behind[:, 1:] & behind[:, :-1]).any()):
@@ -141,14 +160,14 @@ class PaddedCall(Call):
             virtual, places = self.virtual[:, None], self.places[:, None]
             first = positions.gather(1, mask.argmax(1, keepdim=True))
             positions = torch.where(mask.cumsum(1) > places, positions, positions - virtual)
-            wide = self._widened(positions, 0, self.stack.first)
+            wide = self._widened(positions, 0, self.backbone.first)
             own = first - virtual + places - 2 - self.source
             positions = torch.where(self.source < -1, own, wide)
         return {**given, "position_ids": positions}
 
     def _with_virtual(self, given: dict[str, Any], ids: Tensor | None, embeds: Tensor | None) -> dict[str, Any]:
         if ids is not None:
-            given["input_ids"], self._filled = self._widened(ids, self.stack.filler, self.stack.filler), False
+            given["input_ids"], self._filled = self._widened(ids, self.backbone.filler, self.backbone.filler), False
         elif embeds is not None:
             assert self.source is not None
             index = self.source.clamp(min=0)[..., None].expand(-1, -1, embeds.shape[2])
@@ -168,14 +187,13 @@ class PaddedCall(Call):
         given["attention_mask"] = torch.cat([front.to(mask.dtype), mask if now is None else now], 1)
         if past:
             return
-        cache = given[self.stack.cache] = given.get(self.stack.cache) or DynamicCache()
+        cache = given[self.backbone.cache] = given.get(self.backbone.cache) or DynamicCache()
         for layer, (k, v) in enumerate(self.prefixes.all_layers(len(self.blends))):
             cache.update(k, v, layer)
 
-    # ---- inside the stack
+    # ---- inside the backbone
 
     def embed(self, embedded: Tensor) -> Tensor | None:
-        """Put virtual tokens into the embeddings of the widened ids, once a call."""
         if self._filled or self.source is None:
             return None
         self._filled = True
@@ -190,19 +208,21 @@ class PaddedCall(Call):
         return torch.stack(rows)
 
     def narrow(self, states: Tensor) -> Tensor:
-        """(B, W, ...) states without the columns that this call added."""
         if self.source is None or states.shape[1] != self.source.shape[1]:
             return states
         kept = (self.source >= 0).nonzero()[:, 1].view(states.shape[0], -1)
-        if self.writes and self.stack.part != "encoder":
+        if self.last_virtual_predicts and self.backbone.part != "encoder":
             end = (self.lead + self.places + self.virtual - 1)[:, None]
             before = kept == (self.lead + self.places - 1)[:, None]
             kept = torch.where(before & ((self.places > 0) & (self.virtual > 0))[:, None], end, kept)
+        if self.first_virtual_pools:
+            opening = kept == (self.lead + self.virtual)[:, None]
+            opening &= ((self.places == 0) & (self.virtual > 0))[:, None]
+            kept = torch.where(opening, self.lead[:, None], kept)
         index = kept.view(*kept.shape, *([1] * (states.ndim - 2))).expand(-1, -1, *states.shape[2:])
         return states.gather(1, index)
 
     def own_tokens(self, embedded: Tensor) -> list[tuple[int, Tensor]]:
-        """For each row, its number and the columns of its own tokens, with the padding behind them."""
         if self.source is None:
             return [(row, torch.arange(embedded.shape[1])) for row in range(len(self.blends))]
         return [(row, (source >= 0).nonzero()[:, 0]) for row, source in enumerate(self.source)]
@@ -237,12 +257,10 @@ class PaddedCall(Call):
         width, lengths = self.prefixes.longest, torch.tensor(self.prefixes.lengths, device=device)
         return torch.arange(width, device=device)[None] >= width - lengths[:, None]
 
-    def attend(
-        self, plain: Callable[..., Any], module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Any, **rest: Any
-    ) -> tuple[Tensor, Any]:
+    def attend(self, plain: Callable[..., Any], module: nn.Module, qkv: QKV, mask: Any, **rest: Any) -> Any:
         q, k, v = qkv
         width, columns = self.prefixes.longest, k.shape[2]
-        found = self.prefixes.stacked(module, range(len(self.blends)), k, v) if width else None
+        found = self.prefixes.of(module, range(len(self.blends)), k, v) if width else None
         if found is None:  # cross-attention, or a stack that takes no prefix
             if width and isinstance(mask, Tensor) and mask.shape[-1] > columns:
                 mask = mask[..., width:]
@@ -250,7 +268,7 @@ class PaddedCall(Call):
         if mask is None:  # a base that never masks, such as a vision encoder
             seen = self._front(q.shape[0], q.device)[:, None, None].expand(-1, 1, q.shape[2], width)
             mask = F.pad(seen, (0, columns), value=True)
-            if plain.__name__ == "eager_attention_forward":
+            if is_own(plain):
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         if rest.get("position_bias") is not None:
             rest["position_bias"] = self._bias(module, q.shape[2], columns)
@@ -261,7 +279,7 @@ class PaddedCall(Call):
         """(B, heads, q, P + k) relative position bias, each row's prefix directly before its first column."""
         own: Any = module
         if not getattr(module, "has_relative_attention_bias", False):
-            own = next(m for m in self.stack.module.modules() if getattr(m, "has_relative_attention_bias", False))
+            own = next(m for m in self.backbone.module.modules() if getattr(m, "has_relative_attention_bias", False))
         width = self.prefixes.longest
         kinds: dict[int, Tensor] = {}
         for n in set(self.prefixes.lengths):

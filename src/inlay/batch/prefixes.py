@@ -30,7 +30,7 @@ class Prefixes:
         modules: Sequence[nn.Module] = (),
     ) -> None:
         self.blends, self.lengths, self._find, self._modules = list(blends), list(lengths), find, modules
-        self._held: dict[tuple[nn.Module, tuple[int, ...]], KeysValues | None] = {}
+        self._cache: dict[tuple[nn.Module, tuple[int, ...]], KeysValues | None] = {}
 
     @property
     def longest(self) -> int:
@@ -46,18 +46,18 @@ class Prefixes:
             layers.append(stacked)
         return layers
 
-    def stacked(self, module: nn.Module, units: Sequence[int], k: Tensor, v: Tensor) -> KeysValues | None:
+    def of(self, module: nn.Module, units: Sequence[int], k: Tensor, v: Tensor) -> KeysValues | None:
         """(units, heads, P, dim) keys and values, right-aligned, P the longest of `units`; None where none acts here.
 
         Without gradients the result is held, so that a decoding loop stacks once for each layer.
         """
         spot = (module, tuple(units))
-        if torch.is_grad_enabled() or spot not in self._held:
+        if torch.is_grad_enabled() or spot not in self._cache:
             stacked = self._stack(module, units, k, v)
             if torch.is_grad_enabled():
                 return stacked
-            self._held[spot] = stacked
-        return self._held[spot]
+            self._cache[spot] = stacked
+        return self._cache[spot]
 
     def _stack(self, module: nn.Module, units: Sequence[int], k: Tensor, v: Tensor) -> KeysValues | None:
         longest = max(self.lengths[u] for u in units)

@@ -38,7 +38,7 @@ class Bar:
         if self.task is not None:
             self.progress.stop()
 
-    def say(self, line: str) -> None:
+    def message(self, line: str) -> None:
         """A line above the bar."""
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -55,24 +55,24 @@ class Bar:
                 self._rows.stop()
                 self._rows = None
 
-    def step(self, contender: Any, total: int) -> None:
+    def step(self, learner: Any, total: int) -> None:
         from inlay.runtime.memory import current_memory_mb, peak_memory_mb
 
         if self.task is None:
             self.progress.start()
             self.task = self.progress.add_task("training", total=total, loss="", speed="", memory="")
-            self._start = (contender.step, contender.tokens)
+            self._start = (learner.step, learner.tokens)
         seconds = self.progress.tasks[0].elapsed or 1e-9
-        speed = (contender.tokens - self._start[1]) / max(seconds, 1e-9) if contender.step > self._start[0] else 0
+        speed = (learner.tokens - self._start[1]) / max(seconds, 1e-9) if learner.step > self._start[0] else 0
         self.progress.update(
-            self.task, completed=contender.step, loss=f"loss {contender.loss:.3f}", speed=f"{speed:.0f}",
-            memory=f"{current_memory_mb():.0f} (peak {peak_memory_mb():.0f}){_on_gpu(contender)}",
+            self.task, completed=learner.step, loss=f"loss {learner.loss:.3f}", speed=f"{speed:.0f}",
+            memory=f"{current_memory_mb():.0f} (peak {peak_memory_mb():.0f}){_on_gpu(learner)}",
         )  # fmt: skip
 
 
-def _on_gpu(contender: Any) -> str:
+def _on_gpu(learner: Any) -> str:
     """Memory on the GPU that the adapter is on, if it is on one."""
-    device = contender.parameters[0].device
+    device = learner.parameters[0].device
     if device.type != "cuda":
         return ""
     import torch

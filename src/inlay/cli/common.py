@@ -22,6 +22,7 @@ from rich.table import Table
 
 from inlay.bases.quiet import hush
 from inlay.errors import InlayError
+from inlay.files import finite
 
 __all__ = ["Json", "console", "counted", "emit", "fail", "guarded", "json_line", "number", "scores_table"]
 
@@ -90,7 +91,7 @@ def _log(doing: str) -> str:
 def emit(result: Mapping[str, Any], as_json: bool) -> None:
     """One JSON object on one line of stdout, or the same for people."""
     if as_json:
-        sys.stdout.write(json_line(_finite(result)))
+        sys.stdout.write(json_line(finite(result)))
         return
     out = Console(highlight=False)
     for name, value in result.items():
@@ -106,15 +107,6 @@ def json_line(value: Any) -> str:
     except UnicodeEncodeError:
         line = json.dumps(value, default=str)
     return line + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None) -> str:

@@ -66,9 +66,9 @@ def _looked() -> tuple[dict[str, Any], list[str]]:
         "system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(),
         "versions": _libraries(seen), "extras": _extras(seen),
     }  # fmt: skip
-    for what, part in (("memory and disk", _room), ("the device", _machine), ("pip", _fetching)):
-        told = seen.tried(lambda part=part: part(seen), f"{what} cannot be looked at", "Mend what else is named first.")
-        found |= told or {}
+    for what, part in (("memory and disk", _memory), ("the device", _machine), ("pip", _fetching)):
+        trouble, remedy = f"{what} cannot be looked at", "Mend what else is named first."
+        found |= seen.tried(lambda part=part: part(seen), trouble, remedy) or {}
     return found, seen.troubles
 
 
@@ -147,7 +147,7 @@ def _module(package: str) -> str:
 # ---- the machine
 
 
-def _room(seen: Findings) -> dict[str, Any]:
+def _memory(seen: Findings) -> dict[str, Any]:
     """Memory, and the cache with the disk below it."""
     import psutil
 

@@ -31,8 +31,8 @@ from .common import console, emit, scores_table
 from .opening import dropped, open_bank
 
 if TYPE_CHECKING:
+    from inlay.data.prompting import Prompting
     from inlay.data.table import Table
-    from inlay.formats.carried import Carried
 
 
 def as_folders(value: Any) -> Any:
@@ -66,21 +66,21 @@ def command(given: Eval, as_json: bool) -> None:
 
     inlay eval --data test.csv --adapter runs/reviews
     """
+    from inlay.bases.adapters import adapter_folder
+    from inlay.data.prompting import prompting_for
     from inlay.data.table import read_table
-    from inlay.formats.folders import adapter_folder
-    from inlay.formats.reading import reading_of
 
     folders = {name: adapter_folder(name) for name in given.adapter}
     table = read_table(given.data, given.split)
-    reading = reading_of(table, [*folders.values()], given.template, given.verbalizer, given.columns)
+    prompting = prompting_for(table, [*folders.values()], given.template, given.verbalizer, given.columns)
     if given.max_length is not None:
-        reading = replace(reading, max_length=given.max_length)
+        prompting = replace(prompting, max_length=given.max_length)
     with console.status("scoring"):
-        result = _scored(given, folders, table, reading)
+        result = _scored(given, folders, table, prompting)
     if as_json:
         emit(result, True)
         return
-    scores = {"base": (result["base"], result["intervals"]["base"])}
+    scores = {"base": (result["base"], result["intervals"]["base"])} if result["base"] else {}
     for name, shown in _short(result["adapters"]).items():
         scores[shown] = (result["adapters"][name], result["intervals"]["adapters"][name])
     Console(highlight=False).print(scores_table(scores, result["rows"]))
@@ -95,21 +95,30 @@ def _short(folders: Iterable[str]) -> dict[str, str]:
     return names if len({*names.values(), "base"}) == len(names) + 1 else {folder: folder for folder in names}
 
 
-def _scored(given: Eval, folders: dict[str, Path], table: Table, reading: Carried) -> dict[str, Any]:
+def _scored(given: Eval, folders: dict[str, Path], table: Table, prompting: Prompting) -> dict[str, Any]:
     """Rows, and the metrics of the base and of each adapter, with their intervals."""
     from inlay.data.table import shuffled
     from inlay.evaluation.score import items_of, score
-    from inlay.runtime.memory import Room
+    from inlay.runtime.memory import TokenBudget
 
     rows = table.rows if given.limit is None else shuffled(table.rows, given.seed)[: given.limit]
-    opened = open_bank(given, folders, reading)
+    opened = open_bank(given, folders, prompting)
     items = items_of(opened.encoder, rows)
     for line in dropped(items.counts):
         console.print(line, highlight=False)
     device = next(opened.bank.model.parameters()).device
-    found = score(opened.bank, items, [None, *folders], Room(given.tokens_at_once, device=device))
-    named = {str(name): judged for name, judged in found.items() if name is not None}
-    intervals: dict[str, Any] = {"base": found[None].intervals}
-    intervals["adapters"] = {name: judged.intervals for name, judged in named.items()}
-    adapters = {name: judged.scores for name, judged in named.items()}
-    return {"rows": len(items), "base": found[None].scores, "adapters": adapters, "intervals": intervals}
+    names: list[str | None] = [*([] if opened.fresh else [None]), *folders]
+    if opened.fresh:
+        console.print("the base's own head was drawn at random: it is not scored", highlight=False)
+    found = score(opened.bank, items, names, TokenBudget(given.tokens_at_once, device=device))
+    named = {str(name): scored for name, scored in found.items() if name is not None}
+    base = found.get(None)
+    return {
+        "rows": len(items),
+        "base": {} if base is None else base.scores,
+        "adapters": {name: scored.scores for name, scored in named.items()},
+        "intervals": {
+            "base": {} if base is None else base.intervals,
+            "adapters": {name: scored.intervals for name, scored in named.items()},
+        },
+    }

@@ -26,13 +26,14 @@ def _adapter() -> None:
     import torch
     import transformers
 
-    import inlay
+    from inlay.bank.bank import attach
+    from inlay.methods.lora import LoRA
 
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    bank = inlay.attach(transformers.LlamaForCausalLM(config))
-    bank.add("x", inlay.LoRA(r=2))
+    bank = attach(transformers.LlamaForCausalLM(config))
+    bank.add("x", LoRA(r=2))
     with bank.route(["x", None]):
         loss = bank.model(input_ids=torch.ones(2, 4, dtype=torch.long)).logits.square().mean()
     loss.backward()

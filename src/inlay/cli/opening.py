@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from inlay.bank.bank import Bank
     from inlay.data.encode import Encoder
-    from inlay.formats.carried import Carried
+    from inlay.data.prompting import Prompting
 
 __all__ = ["Loading", "Opened", "dropped", "open_bank"]
 
@@ -31,23 +31,25 @@ class Loading(Protocol):
 @dataclass(frozen=True)
 class Opened:
     """A base with adapters in its bank, the encoder of their rows, and the positions that the base has for a row's own
-    tokens (None where nothing bounds them).
+    tokens (None where nothing bounds them). `fresh` is whether the base's own head was drawn at random.
     """
 
     bank: Bank
     encoder: Encoder
     positions: int | None
+    fresh: bool = False
 
 
-def open_bank(given: Loading, folders: Mapping[str, Path], reading: Carried, new_tokens: int = 0) -> Opened:
+def open_bank(given: Loading, folders: Mapping[str, Path], prompting: Prompting, new_tokens: int = 0) -> Opened:
     """Load the base, in the dtype that the adapters were trained in unless another is said, and them beside it.
 
     Rows are cut so that there are positions for `new_tokens` more.
     """
     from inlay.bank.bank import attach
     from inlay.bases.load import load_base
-    from inlay.data.encode import Encoder
+    from inlay.data.targets import encoder_of
     from inlay.formats.notes import read_notes
+    from inlay.runs.tasking import head_of
     from inlay.runtime.forward import check_reads
     from inlay.sites.positions import positions_of, table_size
 
@@ -55,9 +57,11 @@ def open_bank(given: Loading, folders: Mapping[str, Path], reading: Carried, new
     if dtype == "auto":
         trained = {read_notes(folder).dtype for folder in folders.values()} - {None}
         dtype = trained.pop() or dtype if len(trained) == 1 else dtype
-    base = load_base(given.base, dtype, given.device, given.quantize)
+    head = head_of(prompting.template)
+    base = load_base(given.base, dtype, given.device, given.quantize, head)
     bank = attach(base.model)
-    check_reads(bank, reading.template.kind)
+    if head is None:
+        check_reads(bank, prompting.template.kind)
     for name, folder in folders.items():
         bank.load(name, folder)
     methods = [adapter.method for adapter in bank.adapters.values()]
@@ -66,8 +70,10 @@ def open_bank(given: Loading, folders: Mapping[str, Path], reading: Carried, new
     own = None if positions is None else positions - virtual
     limit = None if own is None else own - new_tokens
     rows = table_size(base.model)
-    encoder = Encoder(base.tokenizer, reading.template, reading.max_length, reading.place, limit, rows)
-    return Opened(bank, encoder, own)
+    encoder = encoder_of(prompting.template)(
+        base.tokenizer, prompting.template, prompting.max_length, prompting.virtual_at, limit, rows
+    )
+    return Opened(bank, encoder, own, bool(base.fresh))
 
 
 def dropped(counts: Mapping[str, int]) -> list[str]:

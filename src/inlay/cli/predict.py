@@ -20,6 +20,7 @@ from .output import Output, check_output
 from .writing import Sampling, Writer
 
 if TYPE_CHECKING:
+    from inlay.data.prompting import Prompting
     from inlay.data.rows import Row, Rows
     from inlay.evaluation.predict import Prediction
 
@@ -29,7 +30,7 @@ CHUNK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(Sampling):
-    """What is said of what."""
+    """Which rows are predicted, with which adapter."""
 
     adapter: Annotated[str, Help("an adapter's folder or its run's")]
     data: Paths
@@ -47,46 +48,49 @@ class Predict(Sampling):
 
 @flags.command(Predict, "predicting")
 def command(given: Predict, as_json: bool) -> None:
-    """Say what an adapter makes of each row: labels with probabilities where it was trained on labels, else text.
+    """Say what an adapter makes of each row: a label with probabilities, a number, tags, or text, as it was trained.
 
     Every row of the data stands in the output, with its own columns and `prediction`. A row of no use has no
     prediction, and says why under `problem`. With --resume a broken-off file is gone on with.
 
         inlay predict --adapter runs/reviews --data new.csv --out said.csv
     """
+    from inlay.bases.adapters import adapter_folder
+    from inlay.data.prompting import prompting_for
     from inlay.data.table import read_table
-    from inlay.formats.folders import adapter_folder
-    from inlay.formats.reading import reading_of
 
     if given.out is not None:
         check_output(given.out, given.resume)
     folder = adapter_folder(given.adapter)
     table = read_table(given.data, given.split)
-    reading = reading_of(table, [folder], given.template, None, given.columns, answered=False)
+    prompting = prompting_for(table, [folder], given.template, None, given.columns, answered=False)
     rows = table.rows if given.limit is None else table.rows[: given.limit]
-    if reading.template.kind == "text":
+    if prompting.template.kind == "text":
         raise UsageError("rows of text alone have no prompt, and no labels to choose from", "Use `inlay generate`.")
-    labels = tuple(reading.template.verbalizer) if reading.template.kind == "label" else ()
+    labels = tuple(prompting.template.verbalizer) if prompting.template.kind == "label" else ()
     with console.status("loading"):
-        opened = open_bank(given, {"adapter": folder}, reading, 0 if labels else given.max_new_tokens)
+        opened = open_bank(given, {"adapter": folder}, prompting, _new_tokens(given, prompting, labels))
     added = _added(table.columns, labels)
-    read = f"{table.digest} {len(rows)} {reading.template.to_dict()}"
-    identity = f"{read} {opened.bank.fingerprint} {_digest(folder)} {given.arguments()}"
-    said: list[dict[str, Any]] = []
+    data = f"{table.digest} {len(rows)} {prompting.template.to_dict()}"
+    identity = f"{data} {opened.bank.fingerprint} {_digest(folder)} {given.arguments()}"
+    predictions: list[dict[str, Any]] = []
     with Output(given.out, [*table.columns, *added], identity, given.resume) as out:
-        if out.done:
-            console.print(f"going on after row {out.done:,}", highlight=False)
         for records in _predicted(given, opened, rows, out.done, bool(labels), added):
             if given.out is None and as_json:
-                said += records
+                predictions += records
             else:
                 out.add(records)
         out.finish()
     if as_json:
         result = {"rows": len(rows), "out": given.out, "adapter": str(folder)}
-        emit(result | ({"predictions": said} if given.out is None else {}), True)
+        emit(result | ({"predictions": predictions} if given.out is None else {}), True)
     elif given.out is not None:
         console.print(f"{counted(len(rows), 'row')} in {given.out}", highlight=False)
+
+
+def _new_tokens(given: Predict, prompting: Prompting, labels: Sequence[str]) -> int:
+    """Tokens that the base must have positions for behind a row's own."""
+    return 0 if labels or prompting.template.task != "generate" else given.max_new_tokens
 
 
 def _predicted(
@@ -95,11 +99,15 @@ def _predicted(
     """The records of the rows behind the first `done`, some at a time."""
     import torch
 
+    from inlay.data.targets import HeadEncoder
+    from inlay.evaluation.head_predict import predicted_by_head
     from inlay.evaluation.predict import predicted_labels, predicted_texts
-    from inlay.runtime.memory import Room
+    from inlay.runtime.memory import TokenBudget
 
+    if done:
+        console.print(f"going on after row {done:,}", highlight=False)
     bank, encoder = opened.bank, opened.encoder
-    room = Room(given.tokens_at_once, device=next(bank.model.parameters()).device)
+    budget = TokenBudget(given.tokens_at_once, device=next(bank.model.parameters()).device)
     writer = Writer(bank, encoder, "adapter", positions=opened.positions)
 
     def write(prompts: Any) -> list[str]:
@@ -110,15 +118,17 @@ def _predicted(
         disable=not console.is_terminal,
     ) as bar:  # fmt: skip
         task = bar.add_task("predicting", total=len(rows), completed=done)
-        chunk = CHUNK if labelled else 4 * given.batch
+        chunk = CHUNK if labelled or isinstance(encoder, HeadEncoder) else 4 * given.batch
         for start in range(done, len(rows), chunk):
             part = rows[start : start + chunk]
             torch.manual_seed(given.seed + start)
-            if labelled:
-                found = predicted_labels(bank, encoder, part, "adapter", room)
+            if isinstance(encoder, HeadEncoder):
+                found = predicted_by_head(bank, encoder, part, "adapter", budget)
+            elif labelled:
+                found = predicted_labels(bank, encoder, part, "adapter", budget)
             else:
                 found = list(predicted_texts(encoder, part, write, given.batch))
-            yield [_record(row, one, added) for row, one in zip(part, found, strict=True)]
+            yield [_record(row, one, added, encoder.template.task) for row, one in zip(part, found, strict=True)]
             bar.advance(task, len(part))
 
 
@@ -133,11 +143,16 @@ def _added(there: Sequence[str], labels: Sequence[str]) -> list[str]:
     return free
 
 
-def _record(row: Row, said: Prediction, added: Sequence[str]) -> dict[str, Any]:
-    """A row's own values, and what was said of it."""
-    values: list[Any] = [said.said, *[None] * (len(added) - 2), said.problem]
-    if said.probabilities is not None:
-        values[1:-1] = [said.probabilities[said.said], *said.probabilities.values()]
+def _record(row: Row, found: Prediction, added: Sequence[str], task: str) -> dict[str, Any]:
+    """A row's own values, and its prediction: words, a number, or a list of tags."""
+    answer: Any = found.answer
+    if task == "regress":
+        answer = float(answer) if answer else None
+    elif task == "tag":
+        answer = list(found.tags)
+    values: list[Any] = [answer, *[None] * (len(added) - 2), found.problem]
+    if found.probabilities is not None:
+        values[1:-1] = [found.probabilities[found.answer], *found.probabilities.values()]
     return {**row.values, **dict(zip(added, values, strict=True))}
 
 

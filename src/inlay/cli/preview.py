@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 from rich.console import Console
@@ -20,6 +21,7 @@ from inlay.runs.settings import (
     Paths,
     Set,
     Split,
+    TaskName,
     Template,
     Verbalizer,
     VirtualTokensAt,
@@ -28,6 +30,10 @@ from inlay.values import Checked, Count, Help
 
 from . import flags
 from .common import emit
+
+if TYPE_CHECKING:
+    from inlay.data.prompting import Prompting
+    from inlay.data.table import Table
 
 COLOURS = {
     "system": "magenta", "user": "cyan", "prompt": "cyan", "assistant": "green", "answer": "green", "text": "green",
@@ -46,6 +52,7 @@ class Preview(Checked):
     method: MethodName = "lora"
     set: Set = field(default_factory=dict)
     virtual_tokens_at: VirtualTokensAt = "start"
+    task: TaskName = None
     template: Template = None
     verbalizer: Verbalizer = None
     columns: Columns = field(default_factory=dict)
@@ -60,13 +67,12 @@ def command(given: Preview, as_json: bool) -> None:
 
     inlay preview --data reviews.csv --method prompt --virtual-tokens-at before-answer
     """
+    from inlay.bases.adapters import adapter_folder
     from inlay.bases.load import load_tokenizer
-    from inlay.data.encode import Encoder
     from inlay.data.prepare import prepare
-    from inlay.data.shown import shown
+    from inlay.data.preview import preview_row
     from inlay.data.table import duplicates, read_table
-    from inlay.formats.folders import adapter_folder
-    from inlay.formats.reading import reading_of
+    from inlay.data.targets import encoder_of
     from inlay.runs.settings import make_method
 
     made = make_method(given.method, given.set)
@@ -76,24 +82,44 @@ def command(given: Preview, as_json: bool) -> None:
             f"{given.method} has no virtual tokens to put {given.virtual_tokens_at}", "Choose --method prompt."
         )
     table = read_table(given.data, given.split)
-    found = reading_of(table, folders, given.template, given.verbalizer, given.columns)
-    if not folders:
-        found = replace(found, max_length=given.max_length, place=given.virtual_tokens_at)
+    found = _prompting(given, table, folders)
     if given.row >= len(table.rows):
         raise UsageError(f"--row {given.row} is not there", f"Give 0 to {len(table.rows) - 1}.")
-    encoder = Encoder(load_tokenizer(given.base), found.template, found.max_length, found.place)
-    shows = [(one, shown(encoder, one, made.virtual_length)) for one in table.rows[given.row : given.row + given.rows]]
+    encoder = encoder_of(found.template)(load_tokenizer(given.base), found.template, found.max_length, found.virtual_at)
+    rows = table.rows[given.row : given.row + given.rows]
+    shows = [(one, preview_row(encoder, one, made.virtual_length)) for one in rows]
     counts: dict[str, Any] = {"rows": len(table.rows), **prepare(encoder, table.rows).counts}
     counts["duplicates"] = duplicates(table.rows)
     if as_json:
-        told = [{"where": one.where, **view.to_dict()} for one, view in shows]
-        emit({"shown": told, "counts": counts, "prefix_keys": made.prefix_length}, True)
-        return
+        rows_shown = [{"where": one.where, **view.to_dict()} for one, view in shows]
+        emit({"shown": rows_shown, "counts": counts, "prefix_keys": made.prefix_length}, True)
+    else:
+        _print_rows(shows, counts, made.prefix_length)
+
+
+def _prompting(given: Preview, table: Table, folders: Sequence[Path]) -> Prompting:
+    """As an adapter in `folders` was trained, or as one would be."""
+    from inlay.data.choose import Columns as Named
+    from inlay.data.choose_head import head_template
+    from inlay.data.prompting import Prompting, prompting_for
+    from inlay.runs.tasking import fitting_task
+
+    task = "generate" if folders else fitting_task(given.task, given.base)
+    if task != "generate":
+        found = Prompting(head_template(table, task, Named(**given.columns), given.template))
+    else:
+        found = prompting_for(table, folders, given.template, given.verbalizer, given.columns)
+    if folders:
+        return found
+    return replace(found, max_length=given.max_length, virtual_at=given.virtual_tokens_at)
+
+
+def _print_rows(shows: Sequence[tuple[Any, Any]], counts: dict[str, Any], prefix_length: int) -> None:
     console = Console(highlight=False)
     for one, view in shows:
         _print(console, one.where, view)
-    if made.prefix_length:
-        console.print(f"{made.prefix_length} keys of the prefix stand before every token in each layer")
+    if prefix_length:
+        console.print(f"{prefix_length} keys of the prefix stand before every token in each layer")
     _legend(console, shows)
     console.print(", ".join(f"{count} {reason}" for reason, count in counts.items() if count or reason == "rows"))
 
@@ -112,6 +138,8 @@ def _print(console: Console, where: str, view: Any) -> None:
     console.print(
         f"{len(view.tokens) - virtual} tokens, {learned} bear loss, {virtual} virtual, {view.cut} cut", style="dim"
     )
+    if view.answer:
+        console.print(f"the head should say: {view.answer}", style="dim", markup=False)
     if view.pieces > 1:
         console.print(f"this text goes on in {view.pieces - 1} more pieces, none of it is lost", style="dim")
     if view.dropped:

@@ -28,7 +28,7 @@ def _earlier(given: dict[str, Any]) -> dict[str, Any]:
     from inlay.runs.folder import RunFolder
     from inlay.values import fields_of
 
-    config = dict(RunFolder(given["out"]).told().get("config", {}))
+    config = dict(RunFolder(given["out"]).read().get("config", {}))
     if not config and not given.get("data"):
         raise UsageError(f"{given['out']} holds no run to go on with", "Check --out, or begin one with --data.")
     names = {field.name for field in fields_of(Settings)} - {"resume", "out"}
@@ -41,14 +41,15 @@ def _earlier(given: dict[str, Any]) -> dict[str, Any]:
 def command(settings: Settings, as_json: bool) -> None:
     """Train an adapter on a data file: LoRA by default.
 
-    Columns text and label (scored over the labels' words), prompt and completion, or messages are recognised.
+    Columns text and label (scored over the labels' words), prompt and completion, or messages are recognised. With
+    --task classify, regress or tag a head is trained: on text with labels or numbers, or on tokens with tags.
 
         inlay train --data reviews.csv --out runs/reviews
     """
     from inlay.runs.run import run
 
     with Bar() as bar:
-        result = run(settings, bar.step, bar.say, bar.preparing)
+        result = run(settings, bar.step, bar.message, bar.preparing)
     for reason, count in result["rows"].items():
         if count and reason != "rows":
             console.print(f"{count} of {result['rows']['rows']} rows {reason}", highlight=False)
@@ -66,10 +67,8 @@ def _show(settings: Settings, result: Mapping[str, Any]) -> None:
     """What came of it, where it is, and what to type next."""
     out = Console(highlight=False)
     if result.get("heldout"):
-        scores = {
-            "base": (result["heldout_base"], result.get("heldout_base_intervals", {})),
-            "adapter": (result["heldout"], result.get("heldout_intervals", {})),
-        }
+        names = {"base": "heldout_base", "adapter": "heldout"}
+        scores = {name: (result[own], result.get(f"{own}_intervals", {})) for name, own in names.items() if result[own]}
         out.print(scores_table(scores, result["final_rows"]))
     out.print(
         f"{result['status']} after {counted(result['steps'], 'step')}, {result['tokens']:,} tokens "

@@ -16,8 +16,8 @@ from inlay.values import Checked, Count, Help, NonNegative, Seed
 from .opening import open_bank
 
 if TYPE_CHECKING:
+    from inlay.data.prompting import Prompting
     from inlay.data.template import Template
-    from inlay.formats.carried import Carried
 
 __all__ = ["Sampling", "Writer", "open_writer", "prompt_row"]
 
@@ -119,8 +119,8 @@ def _ended(ids: list[int], pad: int | None, end: int | None) -> list[int]:
 
 def prompt_row(template: Template, words: str) -> Any:
     """A row whose first column in the template's prompt holds `words`; the rest are empty."""
+    from inlay.data.fields import names_in
     from inlay.data.rows import Row
-    from inlay.data.template import names_in
 
     if template.kind == "text":
         return Row({template.answer: words}, 0, "--prompt", 1)
@@ -137,9 +137,11 @@ def open_writer(
 
     Raises: UsageError where the base writes no text, or a system message has no place in the template.
     """
-    from inlay.formats.folders import adapter_folder
+    from inlay.bases.adapters import adapter_folder
 
     folders = {} if adapter is None else {"adapter": adapter_folder(adapter)}
+    if folders:
+        _check_writes(adapter, folders["adapter"])
     found = _reading([*folders.values()], raw, chat or (system is not None and not folders))
     if system is not None and not found.template.chat:
         raise UsageError(
@@ -155,17 +157,28 @@ def open_writer(
     return Writer(opened.bank, opened.encoder, "adapter" if folders else None, system, opened.positions)
 
 
-def _reading(folders: Sequence[Path], raw: bool, chat: bool) -> Carried:
-    """The adapter's own way of reading; for the plain base, or where it is asked for, words alone or a chat."""
-    from inlay.data.template import Template
-    from inlay.formats.carried import Carried, carried
+def _check_writes(name: str | None, folder: Path) -> None:
+    """Raises: UsageError where an adapter was trained for a head."""
+    from inlay.data.prompting import prompting_of
 
-    found = carried(folders) if folders and not raw else None
+    found = prompting_of([folder])
+    if found is not None and found.template.task != "generate":
+        raise UsageError(
+            f"{name} was trained to {found.template.task} with a head, and writes no text", "Use `inlay predict`."
+        )
+
+
+def _reading(folders: Sequence[Path], raw: bool, chat: bool) -> Prompting:
+    """The adapter's own way of prompting; for the plain base, or where it is asked for, words alone or a chat."""
+    from inlay.data.prompting import Prompting, prompting_of
+    from inlay.data.template import Template
+
+    found = prompting_of(folders) if folders and not raw else None
     plain = Template("completion", "{prompt}", "completion")
     if chat:
         plain = Template("messages", answer="messages", chat=True)
     if found is None or (chat and not found.template.chat):
         if found is not None:
             raise UsageError("the adapter was trained on plain prompts, not on a chat", "Leave --chat out.")
-        return Carried(plain, 1 << 20)
-    return Carried(found.template, max(found.max_length, 1 << 16), found.place)
+        return Prompting(plain, 1 << 20)
+    return Prompting(found.template, max(found.max_length, 1 << 16), found.virtual_at)

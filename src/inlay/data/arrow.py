@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inlay.errors import DataError
@@ -19,7 +21,10 @@ BATCH = 2048
 
 
 def parquet_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Raises: DataError where the file is not whole, or a column holds what is no text, number, list or object."""
+    """Number (from 1) and values of each row of a Parquet file.
+
+    Raises: DataError where the file is not whole, or a column holds what is no text, number, list or object.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -36,11 +41,12 @@ def parquet_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def dataset_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `parquet_rows`, of all arrow files in the folder."""
+    """As `parquet_rows`, of the arrow files of the dataset in the folder."""
     import pyarrow as pa
 
     number = 0
-    for path in sorted(source.path.glob("*.arrow")):
+    for path in _shards(source.path):
+        _check_opens(path)
         try:
             with pa.memory_map(str(path)) as mapped:
                 for whole in pa.ipc.open_stream(mapped):
@@ -51,6 +57,30 @@ def dataset_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
                             yield number, row
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path} is not a whole arrow file ({_first(error)})", "Save it again.") from None
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The dataset's files, as its state.json lists them: `datasets` puts what it caches (filtered, mapped) beside them.
+
+    Raises: DataError where the list is broken.
+    """
+    state = folder / "state.json"
+    if not state.is_file():
+        return sorted(path for path in folder.glob("*.arrow") if not path.name.startswith("cache-"))
+    _check_opens(state)
+    try:
+        names = [file["filename"] for file in json.loads(state.read_text(encoding="utf8"))["_data_files"]]
+        return [folder / Path(name).name for name in names]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(f"{state} does not list the dataset's files", "Save the dataset again.") from None
+
+
+def _check_opens(path: Path) -> None:
+    """Raises: DataError where the file is not there or may not be read; pyarrow would call that a broken file."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})", "Check the folder and its permissions.") from None
 
 
 def _first(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Conversations as a model's chat template renders them, with what each part of the words is for."""
+"""Renders conversations by a model's chat template, and finds answers, turns and the system turn in the text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PROBE = "\ufdd2"
 
 @dataclass(frozen=True)
 class Rendered:
-    """The words of a conversation, where its learned answers begin and end among them, where its system turn ends, and
-    (where asked for) where each turn ends and whose it is. Control tokens that stand in messages bear marks
-    (`special`).
+    """A conversation as `text`. `answers` are (start, end) characters of the answers that bear loss, `system` is where
+    the system turn ends (0 without one), and `turns`, where asked for, are the end and the role of each turn. Control
+    tokens that stand in messages are marked (see `special`).
     """
 
     text: str
@@ -50,7 +50,7 @@ class Chat:
             _check_jinja(jinja)
 
     def text(self, talk: Talk, opened: bool = False, where: str = "the conversation") -> str:
-        """The conversation's words; `opened` adds what an answer begins with."""
+        """The conversation as text; `opened` adds the generation prompt. Raises: DataError naming `where`."""
         plain = self.controls.all_plain
         more: dict[str, Any] = {} if self.jinja is None else {"chat_template": self.jinja}
         messages = [plain(message.to_dict()) for message in talk.messages]
@@ -66,8 +66,8 @@ class Chat:
             raise DataError(f"{where}: the chat template refuses it ({why})", "Change the roles.") from None
 
     def render(self, talk: Talk, where: str, system: bool = False, turns: bool = False) -> Rendered:
-        """Answers are what a rendering has beyond that of the turns before it. `system` and `turns` say whether the
-        ends of the system turn and of all turns are wanted.
+        """Render a conversation and find its answers: an answer is what the text has beyond that of the turns before
+        it. `system` and `turns` say whether the ends of the system turn and of all turns are wanted.
 
         Raises: DataError naming the row where the template leaves out what a message says, renders an answer
         otherwise once others follow, or leaves it without an end to learn.
@@ -116,8 +116,8 @@ class Chat:
         return head, end
 
     def _parted(self, text: str, talk: Talk, number: int, where: str) -> int:
-        """Where an answer begins that goes on otherwise than a prompt for it: many templates open a prompt with the
-        sign of thoughts, which they leave out of earlier answers. Raises: DataError for other differences.
+        """Where an answer begins that does not begin as the generation prompt does: many templates open a prompt with
+        <think>, and leave that out of earlier answers. Raises: DataError for other differences.
         """
         turns, last = talk.messages, number == len(talk.messages) - 1
         prior, before = self.text(talk.first(number), where=where), self._opened(talk.first(number), where)
@@ -137,7 +137,7 @@ class Chat:
         return min(common(text, before), common(text, self.text(other, where=where)))
 
     def lead(self, talk: Talk, where: str) -> str:
-        """What the template puts between the prompt for an answer to `talk` and the answer's words."""
+        """What the template writes between the generation prompt behind `talk` and the words of an answer."""
         opened = self.text(talk, True, where)
         text = self.text(replace(talk, messages=(*talk.messages, Message("assistant", PROBE))), where=where)
         return text[len(opened) : max(text.find(PROBE), 0)] if text.startswith(opened) else ""
@@ -203,7 +203,7 @@ def _left_out(where: str, what: str) -> None:
 
 
 def _contained(content: str, text: str) -> bool:
-    """Whether words that are JSON stand in the text in another spelling: all their words and numbers do."""
+    """Whether the text holds all words and numbers of a message that is JSON, which templates may write anew."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):

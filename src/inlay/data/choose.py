@@ -6,18 +6,16 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inlay.errors import DataError, UsageError
 
 from .fields import names_in, parsed
 from .labels import classes
 from .table import Table
+from .template import Template
 
-if TYPE_CHECKING:
-    from .template import Template
-
-__all__ = ["SLOT", "Columns", "check_columns", "choose_template"]
+__all__ = ["LABEL", "SLOT", "TEXT", "Columns", "check_columns", "check_names", "choose_column", "choose_template"]
 
 SLOT = "answer"
 """What stands for the answer in a template: {answer}."""
@@ -60,12 +58,11 @@ def choose_template(
     then it is that column, and the answer follows the prompt.
     Raises: UsageError naming the columns there are where nothing fits, and templates that show or lack the answer.
     """
-    from .template import Template
-
     there = table.columns
-    text, label = _pick(there, columns.text, TEXT), _pick(there, columns.label, LABEL)
-    prompt, completion = _pick(there, columns.prompt, PROMPT), _pick(there, columns.completion, COMPLETION)
-    messages = _pick(there, columns.messages, MESSAGES)
+    text, label = choose_column(there, columns.text, TEXT), choose_column(there, columns.label, LABEL)
+    prompt = choose_column(there, columns.prompt, PROMPT)
+    completion = choose_column(there, columns.completion, COMPLETION)
+    messages = choose_column(there, columns.messages, MESSAGES)
     jinja = _jinja(template)
     chat = template == "chat" or jinja is not None
     given = None if template is None or chat else template.replace("\\n", "\n")
@@ -74,7 +71,7 @@ def choose_template(
     if text and label and not (columns.prompt or columns.completion):
         words = dict(verbalizer) if verbalizer else _words_of(table, label)
         made = Template("label", given or f"Text: {{{text}}}\nLabel:", label, words, chat, jinja, text=text)
-        return _checked(made, there)
+        return check_names(made, there)
     if prompt and completion and prompt != completion:
         return _completion(table, prompt, completion, given, (chat, jinja), columns.prompt is None)
     if (text and len(there) == 1) or columns.text:
@@ -89,11 +86,9 @@ def choose_template(
 def _completion(
     table: Table, prompt: str, completion: str, given: str | None, how: tuple[bool, str | None], guessed: bool
 ) -> Template:
-    from .template import Template
-
     there, (chat, jinja) = table.columns, how
     if any(isinstance(table.rows[0].values.get(name), list) for name in (prompt, completion)):
-        return _checked(Template("messages", f"{{{prompt}}}", completion, chat=True, jinja=jinja), there)
+        return check_names(Template("messages", f"{{{prompt}}}", completion, chat=True, jinja=jinja), there)
     if {"instruction", "output"} <= set(there) and given is None and guessed:
         long = ALPACA if "input" in there else ALPACA_SHORT
         if chat:
@@ -101,7 +96,7 @@ def _completion(
             return Template("completion", long, "output", chat=True, jinja=jinja, short=short, text="instruction")
         return Template("completion", long, "output", short=ALPACA_SHORT, text="instruction")
     made = Template("completion", given or f"{{{prompt}}}", completion, chat=chat, jinja=jinja, text=prompt)
-    return _checked(made, there)
+    return check_names(made, there)
 
 
 def check_columns(template: Template, table: Table, answered: bool = True) -> None:
@@ -132,7 +127,8 @@ def _jinja(template: str | None) -> str | None:
         raise UsageError(f"chat template {template} cannot be read", "Name a text file.") from None
 
 
-def _pick(there: Sequence[str], named: str | None, usual: Sequence[str]) -> str | None:
+def choose_column(there: Sequence[str], named: str | None, usual: Sequence[str]) -> str | None:
+    """The column that people `named`, or the first that has a usual name. Raises: UsageError."""
     if named is not None:
         if named not in there:
             raise UsageError(f"there is no column {named!r}", f"Columns: {_listed(there)}.")
@@ -141,7 +137,7 @@ def _pick(there: Sequence[str], named: str | None, usual: Sequence[str]) -> str 
 
 
 def _words_of(table: Table, label: str) -> dict[str, list[str]]:
-    """Each label stands for itself."""
+    """A verbalizer in which each label of the column stands for itself."""
     values = [row.values.get(label) for row in table.rows]
     try:
         found = classes(values)
@@ -158,7 +154,8 @@ def _words_of(table: Table, label: str) -> dict[str, list[str]]:
     return {name: [name] for name in found}
 
 
-def _checked(template: Template, there: Sequence[str]) -> Template:
+def check_names(template: Template, there: Sequence[str]) -> Template:
+    """The template, cut at its slot. Raises: UsageError where it names other columns than those that are there."""
     listed = f"Columns: {_listed(there)}."
     try:
         pairs = parsed(template.prompt)

@@ -25,17 +25,16 @@ PIECE = 40
 
 @dataclass(frozen=True)
 class Example:
-    """`ids` (n,), and for each of them whether it is learned; `sample` is the row's number in its table (with the
-    number of the piece, shifted by `PIECE` bits, where a row of text has several), `cut` how many tokens of its
-    prompt are left out at least (words beyond all that could fit are left out uncounted), `place` before which token
-    virtual ones stand.
+    """`ids` (n,) and their `loss_mask` (n,); `sample` is the row's number in its table (with the number of the piece,
+    shifted by `PIECE` bits, where a row of text has several), `cut` how many tokens of its prompt are left out at least
+    (words beyond all that could fit are left out uncounted), `virtual_at` the token before which virtual ones stand.
     """
 
     ids: tuple[int, ...]
-    learned: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
     sample: int
     cut: int = 0
-    place: int = 0
+    virtual_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Choices:
     words: tuple[tuple[str, tuple[int, ...]], ...]
     label: str
     sample: int
-    place: int = 0
+    virtual_at: int = 0
 
 
 class Encoder:
@@ -195,10 +194,10 @@ class Encoder:
         if len(kept) + max(len(ids) for _, ids in words) > self.max_length:
             return DroppedRow(row.where, "answer too long", "Raise --max-length.")
         system = len(first.opening) + heads[-1] if first.system else self._opening(whole)
-        place = self.fitting.placed(system, kept, len(whole), at)
+        virtual_at = self.fitting.placed(system, kept, len(whole), at)
         for _, ids in words:
             self._check((*kept, *ids), row.where)
-        return Choices(tuple(kept), words, self.template.label_of(row), row.number, place)
+        return Choices(tuple(kept), words, self.template.label_of(row), row.number, virtual_at)
 
     def _asked(self, job: Job, where: str) -> tuple[list[int], int]:
         tokens = self.words.opened(job.text, job.markup)
@@ -222,7 +221,7 @@ class Encoder:
     def _fitted(
         self, ids: list[int], spans: list[tuple[int, int]], row: Row, system: int, source: tuple[Job, Tokens]
     ) -> Example:
-        """Cut tokens in front of the first learned one, so that the whole fits, and find the virtual tokens' place."""
+        """Cut tokens in front of the first of the loss mask, so that the whole fits, and place the virtual tokens."""
         self._check(ids, row.where)
         head = spans[0][0] if spans else len(ids)
         own, kept, at = len(ids) - head, ids[:head], head
@@ -230,18 +229,18 @@ class Encoder:
             room = max(1, self.max_length - max(own, self.fitting.reserve))
             kept, at = self.fitting.shortened(kept, room, *source)
         cut = head - len(kept)
-        learned = (False,) * (len(ids) - cut)
+        mask = (False,) * (len(ids) - cut)
         for start, end in spans:
-            learned = learned[: start - cut] + (True,) * (end - start) + learned[end - cut :]
-        place = self.fitting.placed(system, kept, head, at)
-        return Example((*kept, *ids[head:]), learned, row.number, cut, place)
+            mask = mask[: start - cut] + (True,) * (end - start) + mask[end - cut :]
+        virtual_at = self.fitting.placed(system, kept, head, at)
+        return Example((*kept, *ids[head:]), mask, row.number, cut, virtual_at)
 
     # ---- checks
 
     def _usable(self, found: list[Example], row: Row) -> list[Example] | DroppedRow:
         if any(len(example.ids) > self.max_length for example in found):
             return DroppedRow(row.where, "answer too long", "Raise --max-length.")
-        kept = [e for e in found if (len(e.ids) > 1 and e.learned[-1]) or True in e.learned[1:]]
+        kept = [e for e in found if (len(e.ids) > 1 and e.loss_mask[-1]) or True in e.loss_mask[1:]]
         return kept or DroppedRow(row.where, "nothing to learn")
 
     def _check(self, ids: Sequence[int], where: str) -> None:

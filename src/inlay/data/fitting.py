@@ -1,4 +1,4 @@
-"""Rows cut to the length that a model takes: what of a prompt goes, and where virtual tokens stand then."""
+"""Cuts prompts to the maximal length: which tokens go, and where virtual tokens stand in what is left."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["Fitting"]
 
 
 class Fitting:
-    """Cuts prompts of one template. Labels' rows are cut alike for all words that may stand for a label, so that they
-    are scored as they are trained, and no prompt's length tells its label.
+    """Cuts prompts of one template. Rows of kind label are cut for the longest word of any label: they are scored as
+    they were trained, and the length of a prompt does not tell its label.
     """
 
     def __init__(self, jobs: Jobs, place: str) -> None:
@@ -25,8 +25,8 @@ class Fitting:
     def shortened(self, ids: list[int], length: int, job: Job, tokens: Tokens) -> tuple[list[int], int]:
         """At most `length` tokens (1 or more) of the prompt `ids`, and the place at which tokens are left out.
 
-        For a template the end of the row's text goes and the words behind it stay; else the beginning goes, but for a
-        first token that always opens a text.
+        For label templates the end of the row's text goes, and the template's words behind it stay. Else the beginning
+        goes, but for a first token that opens every text (BOS, CLS).
         """
         excess = len(ids) - length
         if excess <= 0:
@@ -59,7 +59,7 @@ class Fitting:
     # ---- inside
 
     def _behind(self, count: int, job: Job, tokens: Tokens) -> int:
-        """How many of the prompt's `count` tokens hold words of the template behind its last column."""
+        """How many of the prompt's `count` tokens belong to the template's words behind its last column."""
         place, tail = job.places[0], self.jobs.tail
         place -= len(tail) if job.text[:place].endswith(tail) else len(tail.rstrip(" "))  # as `Jobs.prompt` leaves it
         ((head,),) = self.words.heads([job.text], [tokens], [[max(0, place)]], job.markup)

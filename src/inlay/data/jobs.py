@@ -1,4 +1,4 @@
-"""What of a row is to be tokenised: its words in one piece, and the places in them that matter."""
+"""Turns a row into the text to tokenise, with the characters at which answers and the system turn begin and end."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Job", "Jobs"]
 
 @dataclass
 class Job:
-    """`text` with the characters (`places`) at which `spans` learned parts begin and end, and last (with `system`)
-    where its system turn ends. `markup` says that control tokens in it are meant, `opening` which ids stand before
-    it, `closed` that it ends with the end of text.
+    """`text` to tokenise. `places` are characters of it: the start and the end of each of the `spans` that bear loss,
+    then, with `system`, the end of the system turn. `markup` says that control tokens in the text are control tokens,
+    not words; `opening` are the ids before it; `closed` says that an end-of-text token follows.
     """
 
     text: str
@@ -36,9 +36,9 @@ class Job:
 class Jobs:
     """Makes the jobs of rows of one template.
 
-    Control tokens that stand in a row's text are ordinary text, those that the template holds are meant. A row that
-    brings a BOS at its very start or an EOS at its very end means them, once; a prompt that begins with a control
-    token, and a text that begins and ends with one, were written out by their author, and mean all of theirs.
+    Control tokens in a row's text are tokenised as ordinary text, those in the template as control tokens. A row's own
+    BOS at its very start and EOS at its very end count as control tokens, once. A prompt that begins with a control
+    token, and a text that begins and ends with one, are markup that somebody wrote out: all of theirs count.
     """
 
     def __init__(self, words: Words, template: Template, max_length: int, place: str) -> None:
@@ -90,7 +90,7 @@ class Jobs:
         return [(label, job) for (label, _), job in zip(listed, jobs, strict=True)]
 
     def prompt(self, row: Row) -> Job:
-        """What stands before the answer. Raises: DataError."""
+        """The words before the answer. Raises: DataError."""
         if self.chat is not None:
             return self.asked(self.talk(row, False).asked, row.where)
         if self.template.kind == "text":
@@ -200,8 +200,8 @@ class Jobs:
     # ---- length
 
     def _shortened(self, job: Job, head: int, where: str) -> Job:
-        """Without words of the first `head` characters that are more than could fit whatever their tokens are, so
-        that no time is lost on them: those at the end of a label's text, else those at the beginning.
+        """The job without those of its first `head` characters that cannot fit, however they are tokenised: a row of
+        10 MB takes seconds otherwise. Cut is the end of a label row's text, or the beginning of other prompts.
         """
         size = len(job.text)
         room = 2 * MARGIN + self.words.room(self.max_length) if size > max(LONG, self.max_length) else size

@@ -14,7 +14,9 @@ from .fields import blank
 __all__ = ["RARE", "classes", "label_key", "label_notices", "parse_verbalizer"]
 
 RARE = 0.01
-"""A label of a smaller share of the rows is worth a word."""
+"""A label of a smaller share of the rows gets a notice."""
+CASES = 3
+"""Groups of labels that differ in case only which a notice names before it counts the rest."""
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?")
 
 
@@ -84,10 +86,27 @@ def parse_verbalizer(text: str) -> dict[str, list[str]]:
 
 
 def label_notices(counts: Mapping[str, int]) -> list[str]:
-    """What people should know of how often each label stands in their rows, a line each."""
+    """What people should know of the labels in their rows, a sentence each; `counts` are the rows of each label.
+
+    Named are: labels that differ in case only, a label that all rows have, labels of less than `RARE` of the rows.
+    """
     there = {label: count for label, count in counts.items() if count}
+    notices = _case_notices(there)
     if len(there) == 1:
         return [f"every row has the label {next(iter(there))!r}: there is nothing to tell apart"]
     whole = sum(there.values())
     rare = {label: count for label, count in there.items() if count < RARE * whole}
-    return [f"label {label!r} has {count} of {whole} rows: hardly enough to learn it" for label, count in rare.items()]
+    said = [f"label {label!r} has {count} of {whole} rows: hardly enough to learn it" for label, count in rare.items()]
+    return notices + said
+
+
+def _case_notices(labels: Iterable[str]) -> list[str]:
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(label.casefold(), []).append(label)
+    groups = [" and ".join(map(repr, own)) for own in alike.values() if len(own) > 1]
+    if not groups:
+        return []
+    more = f", and {len(groups) - CASES} more such groups" if len(groups) > CASES else ""
+    listed = "; ".join(groups[:CASES]) + more
+    return [f"labels that differ in case only are classes of their own: {listed}. Write each one way if they are one"]

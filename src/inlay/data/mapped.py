@@ -1,4 +1,4 @@
-"""Arrays on disk: written once to an unnamed file in the cache folder, then read through the memory map."""
+"""Arrays on disk: written once to an unnamed file in the cache folder, then read through a memory map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations in the layouts that data sets have them in, as the messages that chat templates take."""
+"""Reads conversations, in the layouts that data sets use, into the messages that chat templates take."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ class Message:
 
     @property
     def thoughts(self) -> list[str]:
-        """What an answer thought before it spoke, in fields of its own or between <think> and </think>."""
+        """The reasoning of an answer, in fields of its own or between <think> and </think>."""
         own = [self.more.get(name) for name in THOUGHTS]
         own.append(self.content.rpartition(THOUGHT)[0].rpartition("<think>")[2] if self.role == "assistant" else None)
         return [one for one in own if isinstance(one, str) and one.strip()]
 
     @property
     def spoken(self) -> str:
-        """The words behind the thoughts."""
+        """The words behind the reasoning."""
         return self.content.rpartition(THOUGHT)[2] if self.role == "assistant" else self.content
 
 
 @dataclass(frozen=True)
 class Talk:
-    """Messages, the tools they may call, and what else the chat template is told."""
+    """A conversation: its messages, the tools they may call, and options for the chat template."""
 
     messages: tuple[Message, ...]
     tools: list[Any] | None = None
@@ -167,7 +167,7 @@ def tools_of(value: Any, where: str, column: str = "tools") -> list[Any] | None:
 
 
 def checked_options(value: Any, where: str) -> dict[str, Any]:
-    """What a row tells the chat template besides. Raises: DataError."""
+    """The options for the chat template that a row brings. Raises: DataError."""
     loaded = _loaded(value) if value is not None else {}
     if not isinstance(loaded, dict) or any(name in OURS for name in loaded):
         raise DataError(

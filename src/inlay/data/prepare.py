@@ -40,16 +40,16 @@ class RowsEncoder(Protocol):
 class Examples(Sequence[Example]):
     """Examples in flat arrays, made when they are asked for; slices and `take` are views.
 
-    Example i has the ids `ids[ends[i - 1] : ends[i]]` (int32), each of them `learned` or not (uint8); `samples`
-    (int64), `cuts` and `places` (int32) have one item each.
+    Example i has the ids `ids[ends[i - 1] : ends[i]]` (int32), and their loss mask `masks[...]` of the same
+    places (uint8, 0 or 1); `samples` (int64), `cuts` and `virtual_at` (int32) have one item each.
     """
 
     def __init__(
-        self, ids: np.ndarray, learned: np.ndarray, ends: np.ndarray, samples: np.ndarray, cuts: np.ndarray,
-        places: np.ndarray, index: np.ndarray | None = None,
+        self, ids: np.ndarray, masks: np.ndarray, ends: np.ndarray, samples: np.ndarray, cuts: np.ndarray,
+        virtual_at: np.ndarray, index: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        self._flat, self._ends = (ids, learned), ends
-        self._each = samples, cuts, places
+        self._flat, self._ends = (ids, masks), ends
+        self._each = samples, cuts, virtual_at
         small = np.int32 if len(ends) < 2**31 else np.int64
         self._index = np.arange(len(ends), dtype=small) if index is None else index
 
@@ -65,9 +65,9 @@ class Examples(Sequence[Example]):
             return self.take(np.arange(len(self))[item])
         number = int(self._index[range(len(self))[item]])
         start, end = int(self._ends[number - 1]) if number else 0, int(self._ends[number])
-        ids, learned = (flat[start:end] for flat in self._flat)
-        sample, cut, place = (int(each[number]) for each in self._each)
-        return Example(tuple(ids.tolist()), tuple(learned.view(np.bool_).tolist()), sample, cut, place)
+        ids, mask = (flat[start:end] for flat in self._flat)
+        sample, cut, virtual_at = (int(each[number]) for each in self._each)
+        return Example(tuple(ids.tolist()), tuple(mask.view(np.bool_).tolist()), sample, cut, virtual_at)
 
     def take(self, index: np.ndarray | Sequence[int]) -> Examples:
         """A view of the examples at these places (or, for an array of booleans, where it is true), in that order."""
@@ -140,8 +140,8 @@ class _Made:
     """The arrays of `Examples` while they grow."""
 
     def __init__(self) -> None:
-        self._ids, self._learned, self._ends = Growing("i4"), Growing("u1"), Growing("i8")
-        self._samples, self._cuts, self._places = Growing("i8"), Growing("i4"), Growing("i4")
+        self._ids, self._masks, self._ends = Growing("i4"), Growing("u1"), Growing("i8")
+        self._samples, self._cuts, self._virtual_at = Growing("i8"), Growing("i4"), Growing("i4")
 
     def add(self, encoded: Sequence[list[Example] | DroppedRow], counts: Counter[str]) -> None:
         found: list[Example] = []
@@ -161,13 +161,13 @@ class _Made:
         ends = np.cumsum(_column((len(example.ids) for example in found), np.int64, count))
         self._ends.add(before + ends)
         self._ids.add(_column(chain.from_iterable(example.ids for example in found), np.int32, int(ends[-1])))
-        self._learned.add(b"".join([bytes(example.learned) for example in found]))
+        self._masks.add(b"".join([bytes(example.loss_mask) for example in found]))
         self._samples.add(_column((example.sample for example in found), np.int64, count))
         self._cuts.add(_column((example.cut for example in found), np.int32, count))
-        self._places.add(_column((example.place for example in found), np.int32, count))
+        self._virtual_at.add(_column((example.virtual_at for example in found), np.int32, count))
 
     def examples(self) -> Examples:
-        arrays = self._ids, self._learned, self._ends, self._samples, self._cuts, self._places
+        arrays = self._ids, self._masks, self._ends, self._samples, self._cuts, self._virtual_at
         return Examples(*(array.done() for array in arrays))
 
 

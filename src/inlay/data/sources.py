@@ -74,7 +74,8 @@ def source_of(path: str | Path) -> Source:
     try:
         there = path.exists()
     except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
-        raise UsageError(f"data file {str(path)[:80]!r} cannot be ({error.args[-1]})", "Check the path.") from None
+        what = f"data file {str(path)[:80]!r} cannot be opened ({error.args[-1]})"
+        raise UsageError(what, "Check the path.") from None
     if not there:
         raise UsageError(f"data file {path} does not exist", "Check the path.")
     if path.is_dir():
@@ -155,16 +156,22 @@ def _lines_of_json(source: Source) -> bool:
 
 
 def _dataset_folder(path: Path) -> Path:
-    """The folder of the arrow files. Raises: UsageError where there are none, or those of several splits."""
-    if list(path.glob("*.arrow")):
+    """The folder of the arrow files. Raises: UsageError where there are none, those of several splits, or the folder
+    cannot be read.
+    """
+    try:
+        listed = list(path.iterdir())
+    except OSError as error:
+        raise UsageError(f"data folder {path} cannot be read ({error.strerror})", "Check its permissions.") from None
+    if any(file.suffix == ".arrow" or file.name == "state.json" for file in listed):
         return path
     splits = sorted(file.parent for file in path.glob("*/dataset_info.json"))
     if path / "train" in splits or len(splits) == 1:
         return path / "train" if path / "train" in splits else splits[0]
     if splits:
-        listed = ", ".join(split.name for split in splits)
-        raise UsageError(f"folder {path} holds the splits {listed}", f"Name one: {splits[0]}.")
-    if files := sorted(file for file in path.iterdir() if {s.lower() for s in file.suffixes} & KINDS.keys()):
+        names = ", ".join(split.name for split in splits)
+        raise UsageError(f"folder {path} holds the splits {names}", f"Name one: {splits[0]}.")
+    if files := sorted(file for file in listed if {s.lower() for s in file.suffixes} & KINDS.keys()):
         named = " ".join(f"--data {file}" for file in files[:3])
         raise UsageError(f"folder {path} holds no dataset, but files", f"Name them: {named}.")
     raise UsageError(f"folder {path} holds no dataset", "Name a file, or a folder that `datasets` saved.")

@@ -10,28 +10,27 @@ from typing import Any
 
 from inlay.errors import DataError, DroppedRow, FormatError
 
-from .choose import Columns, check_columns, choose_template
 from .fields import blank, missing, names_in, parsed, rendered
 from .joins import parting
-from .labels import label_key, label_notices, parse_verbalizer
+from .labels import label_key
 from .table import Row
+from .tasks import TASKS
 
-__all__ = [
-    "KINDS", "Columns", "Template", "check_columns", "choose_template", "label_notices", "names_in", "parse_verbalizer",
-]  # fmt: skip
+__all__ = ["KINDS", "Template"]
 
-KINDS = ("label", "completion", "messages", "text")
+KINDS = ("label", "completion", "messages", "text", "number", "tags")
 
 
 @dataclass(frozen=True)
 class Template:
-    """`kind` is label, completion, messages or text. `prompt` is a template over the columns, up to the answer (see
-    `fields`); `answer` the column that is learned; `verbalizer` maps each label to the words that stand for it;
-    `chat` wraps prompt and answer in the model's own chat template, or in `jinja`; `short` is the prompt of rows
-    that lack what only `prompt` names. With `slot` the template says where the answer stands, and `after` is what
-    follows it, which is learned and scored as well; without, the answer follows the prompt. `text` is the column
-    that holds the words themselves, where a number would be a mistake. Rows of kind messages may have their first
-    turns in the column that `prompt` names. It travels with the adapter.
+    """`kind` is label, completion, messages, text, number or tags. `task` is generate where the model writes the
+    answer, else what a head does: classify labels, regress numbers or tag words. `prompt` is a template over the
+    columns, up to the answer (see `fields`); `answer` the column that is learned; `verbalizer` maps each label to the
+    words that stand for it; `chat` wraps prompt and answer in the model's own chat template, or in `jinja`; `short` is
+    the prompt of rows that lack what only `prompt` names. With `slot` the template says where the answer stands, and
+    `after` is what follows it, which is learned and scored as well; without, the answer follows the prompt. `text` is
+    the column that holds the words themselves, where a number would be a mistake. Rows of kind messages may have their
+    first turns in the column that `prompt` names. It travels with the adapter.
     """
 
     kind: str
@@ -44,6 +43,7 @@ class Template:
     slot: bool = False
     after: str = ""
     text: str = ""
+    task: str = "generate"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,6 +90,8 @@ class Template:
 
     def content_of(self, row: Row) -> str:
         """What rows must not share across the held-out split: for labels the words to judge, else all words."""
+        if self.kind == "number":
+            return self.prompt_of(row)
         if self.kind == "label":
             return self.prompt_of(row) + (f"\0{self.after_of(row)}" if names_in(self.after) else "")
         if self.kind == "completion" and not self.chat:
@@ -182,4 +184,5 @@ def _fits(name: str, value: Any) -> bool:
             parsed(value)
         except ValueError:
             return False
-    return isinstance(value, str) and (name != "kind" or value in KINDS)
+    known = {"kind": KINDS, "task": TASKS}.get(name)
+    return isinstance(value, str) and (known is None or value in known)

@@ -22,17 +22,17 @@ def common(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 class Tokens(Protocol):
-    """A text's token ids, and which of them a character is the first of."""
+    """A text's token ids, and which token begins at a character."""
 
     ids: list[int]
 
     def at(self, place: int) -> int | None:
-        """The token that begins with the character at `place`; None where none does, or nobody knows."""
+        """The number of the token that begins at the character `place`; None where none does or that is not known."""
         ...
 
 
 class Encoded:
-    """What the tokenizers library found."""
+    """Tokens with character offsets, as the tokenizers library gives them."""
 
     def __init__(self, encoding: Any) -> None:
         self.ids: list[int] = encoding.ids
@@ -46,9 +46,9 @@ class Encoded:
 
 
 class Joined:
-    """Pieces of a text, or what stands between its control tokens: (first character, first token, marked words).
-    Where a place within a piece is asked for, the piece is encoded once more: that is rare, and keeping all takes
-    much memory.
+    """Tokens of a text that was tokenised in pieces; `parts` are each piece's first character, first token and words.
+
+    A piece is tokenised again when a place inside it is asked for: that is rare, and all offsets take much memory.
     """
 
     def __init__(self, controls: Controls, encode: Callable[[str], Tokens]) -> None:
@@ -73,7 +73,7 @@ class Joined:
 
 
 class Bare:
-    """Ids alone, of a tokenizer that tells no places."""
+    """Ids of a tokenizer that gives no character offsets."""
 
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids

@@ -18,23 +18,24 @@ LONG = 50_000
 CHUNK = 5000
 """Texts of more than `LONG` characters are tokenised in pieces of `CHUNK`: time must not grow faster than the text."""
 TOGETHER = 64
-"""Such pieces that are tokenised at once."""
+"""Pieces that are tokenised at once."""
 MARGIN = 256
 """Characters left over where a text is cut before it is tokenised, so that the cut does not show in what is kept."""
 LEADS = ("\n", ".", "a")
-"""What a piece of a text is put behind for a moment: the first that does not grow together with it."""
+"""A piece from the middle of a text is tokenised behind the first of these that makes no token together with it."""
 WORD = "a"
+HALVES = re.compile("[\ud800-\udfff]")
 GENTLE = re.compile(r"(?<=\S)(?= [^\W_])")
 CUT = re.compile(r"(?<=[^\W_])(?=[\W_])")
 """Where no usual tokenizer has a token across: before a space and a letter; else behind a letter, before a sign."""
 
 
 class Words:
-    """A tokenizer for whole rows. `opening` and `closing` are the ids it puts around a text of its own accord, `end`
-    that of the end of text.
+    """A tokenizer for whole rows. `opening` and `closing` are the ids that the tokenizer puts around each text, `end`
+    is the id of its end-of-text token.
 
-    It works on a copy of a fast tokenizer's core: settings that the tokenizer was saved with (truncation, padding)
-    are of no account, and nothing here changes it.
+    It works on a copy of a fast tokenizer's core: truncation and padding that the tokenizer was saved with do not
+    matter, and nothing here changes the tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -75,11 +76,10 @@ class Words:
     # ---- many texts
 
     def encode(self, texts: Sequence[str], markup: bool = False) -> list[Tokens]:
-        """Tokens of each text. With `markup`, control tokens in it that bear no marks are control tokens; else all
-        are text.
+        """Tokens of each text, without `opening` and `closing`. With `markup`, control tokens in a text that bear no
+        marks are control tokens; else all are words.
 
-        What the tokenizer adds to a text of its own accord is not added. The tokens of very long texts are those of
-        the whole but where a token would span two pieces, which are parted between words.
+        Very long texts are tokenised in pieces, parted between words: only a token across two pieces would differ.
         """
         if not markup:
             return self._batch(texts, False)
@@ -95,8 +95,10 @@ class Words:
     def heads(
         self, texts: Sequence[str], tokens: Sequence[Tokens], places: Sequence[Sequence[int]], markup: bool = False
     ) -> list[list[int]]:
-        """For each text and each of its places, how many tokens stand before it: up to the token that begins there
-        between whitespace and words, else those that the text shares with the text that ends there.
+        """For each text and each of its `places` (characters), how many tokens stand before it.
+
+        Where a token begins there, between whitespace and words, the count is up to that token. Else it is the number
+        of first tokens that the text shares with its part up to the place, tokenised alone.
         """
         found: list[list[int]] = []
         doubtful: list[tuple[int, int, int, int]] = []
@@ -117,7 +119,7 @@ class Words:
         return found
 
     def opened(self, text: str, markup: bool = False) -> Tokens:
-        """Tokens of a text that words will follow: its last whitespace is parted as it is before words."""
+        """Tokens of a text that words will follow: the whitespace at its end is split as it is before a word."""
         if text[-1:].isspace():
             (tokens,) = self.encode([text + WORD], markup)
             at = self._clean(text + WORD, len(text), tokens)
@@ -133,11 +135,17 @@ class Words:
             return [self._long(t, markup) if len(t) > LONG else self._batch([t], markup)[0] for t in texts]
         if not texts:
             return []
+        try:
+            return self._tokenised(list(texts), markup)
+        except TypeError:  # half a character (a lone surrogate), which no UTF-8 holds and no tokenizer takes
+            return self._tokenised([HALVES.sub("\ufffd", text) for text in texts], markup)
+
+    def _tokenised(self, texts: list[str], markup: bool) -> list[Tokens]:
         if self.core is None:
-            listed = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
+            listed = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
             return [Bare(list(ids)) for ids in listed]
         self.core.encode_special_tokens = not markup
-        return [Encoded(encoding) for encoding in self.core.encode_batch(list(texts), add_special_tokens=False)]
+        return [Encoded(encoding) for encoding in self.core.encode_batch(texts, add_special_tokens=False)]
 
     def _long(self, text: str, markup: bool) -> Joined:
         joined, chunks, start = (
@@ -157,7 +165,7 @@ class Words:
         return joined
 
     def _behind(self, texts: Sequence[str], markup: bool) -> list[list[int]]:
-        """Ids of texts that do not begin one, where the tokenizer would give a first word a space."""
+        """Ids of pieces from the middle of a text, for tokenizers that put a space before a text's first word."""
         found: list[list[int]] = [[] for _ in texts]
         left = list(range(len(texts)))
         for lead in LEADS:
@@ -171,7 +179,7 @@ class Words:
         return found
 
     def _joined(self, text: str) -> Joined:
-        """A text in which some control tokens are meant and others are words."""
+        """Tokens of a text in which some control tokens are control tokens and others, which bear marks, are words."""
         joined, start = Joined(self.controls, lambda words: self._batch([words], False)[0]), 0
         for match in self.controls.meant.finditer(text):
             self._add(joined, text[start : match.start()], start)
@@ -190,17 +198,17 @@ class Words:
             joined.add(start, words, self._batch([bare], False)[0].ids)
 
     def _clean(self, text: str, place: int, whole: Tokens) -> int | None:
-        """The token that begins at `place` where one begins there for sure, whatever the words behind it are: between
-        whitespace and words. (Tokenizers part a run of whitespace by what follows; prompts are given as if words did.)
+        """The number of the token that begins at `place`, where that holds whatever words follow: between whitespace
+        and words. (Tokenizers split whitespace by what follows it; prompts are tokenised as if words did.)
         """
         if place <= 0:
             return 0
         if text[place - 1].isspace() == text[place].isspace():
             return None
-        return whole.at(place) if self.core is not None else self._told(text[:place], whole.ids)
+        return whole.at(place) if self.core is not None else self._count_of(text[:place], whole.ids)
 
-    def _told(self, text: str, ids: list[int]) -> int | None:
-        """How many of the ids make `text`, by what a tokenizer that tells no places makes of them."""
+    def _count_of(self, text: str, ids: list[int]) -> int | None:
+        """How many of the ids decode to `text`, for tokenizers without character offsets; None where no count does."""
 
         def decoded(count: int) -> str:
             return self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
@@ -209,7 +217,7 @@ class Words:
         return count if decoded(count) == text else None
 
     def _from(self, text: str, place: int, whole: Tokens) -> tuple[int, int]:
-        """The last control token before `place`, which parts the text, and its number among the tokens."""
+        """The character and the token at which the last control token before `place` begins; no token spans it."""
         *_, last = [None, *self.controls.meant.finditer(text, 0, place)]
         at = None if last is None else whole.at(last.start())
         return (0, 0) if last is None or at is None else (last.start(), at)

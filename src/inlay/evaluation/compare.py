@@ -10,12 +10,21 @@ import numpy as np
 
 from inlay.errors import UsageError
 
-from .intervals import FEW, Interval, f1_samples, mean_interval, resampled, spread, student_interval
+from .intervals import (
+    FEW,
+    Interval,
+    f1_samples,
+    mean_interval,
+    resampled,
+    spread,
+    statistic_interval,
+    student_interval,
+)
 from .rows import Floats, RowScores, perplexity
 
 __all__ = ["HIGHER", "Comparison", "compare"]
 
-HIGHER = ("accuracy", "f1", "exact_match")
+HIGHER = ("accuracy", "f1", "exact_match", "span_f1", "pearson", "spearman")
 """Metrics of which more is better; of the others, less is."""
 SIGNS = 50
 """Rows that differ, below which the sign test has a say: a bootstrap thinks too well of four rows out of four."""
@@ -37,8 +46,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         interval = None if self.interval is None else list(self.interval)
-        told = {"metric": self.metric, "difference": self.difference, "interval": interval}
-        return {**told, "rows": self.rows, "better": self.better}
+        values = {"metric": self.metric, "difference": self.difference, "interval": interval}
+        return {**values, "rows": self.rows, "better": self.better}
 
 
 def compare(a: RowScores, b: RowScores, metric: str) -> Comparison:
@@ -54,14 +63,17 @@ def compare(a: RowScores, b: RowScores, metric: str) -> Comparison:
 
 
 def _interval(a: RowScores, b: RowScores, metric: str, difference: float) -> Interval | None:
+    ours, theirs = a.statistics(), b.statistics()
+    if metric in ours:
+        return statistic_interval([ours[metric], theirs[metric]], len(a))
     if metric == "perplexity":
         return _perplexities(a, b, difference)
     if metric == "f1":
-        assert a.right is not None and a.said is not None and b.said is not None
+        assert a.right is not None and a.predicted is not None and b.predicted is not None
         if len(a) < 2:
             return None
-        ours, theirs = f1_samples(a.right, [a.said, b.said], len(a.labels))
-        found = spread((ours - theirs)[:, None], lambda sums: sums[:, 0], len(a))
+        own, other = f1_samples(a.right, [a.predicted, b.predicted], len(a.labels))
+        found = spread((own - other)[:, None], lambda sums: sums[:, 0], len(a))
         return _signed(found, a.hits - b.hits)
     if metric == "exact_match":
         change = a.exact.astype(np.int64) - b.exact.astype(np.int64)

@@ -8,16 +8,16 @@ its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .rows import Floats, RowScores, macro_f1, perplexity
+from .rows import Floats, RowScores, Statistic, macro_f1, perplexity
 
-__all__ = ["FEW", "Interval", "intervals", "mean_interval", "resampled", "student", "wilson"]
+__all__ = ["FEW", "Interval", "intervals", "mean_interval", "resampled", "statistic_interval", "student", "wilson"]
 
 Interval = tuple[float, float]
 
@@ -38,6 +38,9 @@ def intervals(rows: RowScores) -> dict[str, Interval | None]:
     if rows.right is not None:
         return {"loss": loss, "accuracy": wilson(int(rows.hits.sum()), len(rows)), "f1": _f1_interval(rows)}
     exact = wilson(int(rows.exact.sum()), len(rows))
+    if own := rows.statistics():
+        accuracy = {"accuracy": _within(mean_interval(rows.hits, rows.tokens), exact)} if rows.hits.any() else {}
+        return {"loss": loss} | accuracy | {name: statistic_interval([one], len(rows)) for name, one in own.items()}
     found = {"loss": loss, "perplexity": None if loss is None else (perplexity(loss[0]), perplexity(loss[1]))}
     return {**found, "accuracy": _within(mean_interval(rows.hits, rows.tokens), exact), "exact_match": exact}
 
@@ -65,6 +68,23 @@ def mean_interval(values: NDArray, weights: NDArray) -> Interval | None:
         alike = whole**2 / float((weights.astype(np.float64) ** 2).sum())  # so many rows of one weight (Kish 1965)
         return student_interval(mean, influence, max(1, round(alike) - 1))
     return spread(resampled(np.stack([values, weights], 1)), lambda sums: sums[:, 0] / sums[:, 1], len(values))
+
+
+def statistic_interval(statistics: Sequence[Statistic], rows: int) -> Interval | None:
+    """The interval of a statistic of so many rows, or of the first of two less the second; None for few rows, which a
+    bootstrap cannot draw from."""
+    columns = np.concatenate([one.columns for one in statistics], 1)
+    if rows < FEW or not np.isfinite(columns).all():
+        return None
+    edges = np.cumsum([0, *(one.columns.shape[1] for one in statistics)])
+
+    def apart(sums: Floats) -> Floats:
+        first, *others = (one.of(sums[:, a:b]) for one, a, b in zip(statistics, edges, edges[1:], strict=False))
+        return first - others[0] if others else first
+
+    low, high = spread(resampled(columns), apart, rows)
+    least, most = statistics[0].within if len(statistics) == 1 else (-math.inf, math.inf)
+    return max(low, least), min(high, most)
 
 
 def student_interval(estimate: float, influence: Floats, freedom: int | None = None) -> Interval:
@@ -97,26 +117,26 @@ def resampled(columns: NDArray) -> Floats:
     return np.concatenate(drawn)
 
 
-def f1_samples(right: NDArray, says: list[NDArray], labels: int) -> list[Floats]:
-    """Macro F1 (RESAMPLES,) of what was said of the same resampled rows, for each of `says` (n,)."""
-    cells, counts = np.unique(np.stack([right, *says]), axis=1, return_counts=True)
+def f1_samples(right: NDArray, predictions: list[NDArray], labels: int) -> list[Floats]:
+    """Macro F1 (RESAMPLES,) of each of some `predictions` (n,) on the same resampled rows."""
+    cells, counts = np.unique(np.stack([right, *predictions]), axis=1, return_counts=True)
     rng, hot = np.random.default_rng(0), np.eye(labels)
-    found: list[list[Floats]] = [[] for _ in says]
+    found: list[list[Floats]] = [[] for _ in predictions]
     step = max(1, CELLS // (len(counts) + labels))
     for start in range(0, RESAMPLES, step):
         drawn = rng.multinomial(len(right), counts / counts.sum(), size=min(step, RESAMPLES - start)).astype(np.float64)
         true = drawn @ hot[cells[0]]
-        for own, said in zip(found, cells[1:], strict=True):
-            hits = (drawn * (said == cells[0])) @ hot[cells[0]]
-            own.append(macro_f1(hits, true, drawn @ hot[said]))
+        for own, predicted in zip(found, cells[1:], strict=True):
+            hits = (drawn * (predicted == cells[0])) @ hot[cells[0]]
+            own.append(macro_f1(hits, true, drawn @ hot[predicted]))
     return [np.concatenate(own) for own in found]
 
 
 def _f1_interval(rows: RowScores) -> Interval | None:
-    assert rows.right is not None and rows.said is not None
+    assert rows.right is not None and rows.predicted is not None
     if len(rows) < 2:
         return None
-    samples = f1_samples(rows.right, [rows.said], len(rows.labels))[0]
+    samples = f1_samples(rows.right, [rows.predicted], len(rows.labels))[0]
     found = spread(samples[:, None], lambda sums: sums[:, 0], len(rows))
     return _within(found, wilson(int(rows.hits.sum()), len(rows)))
 

@@ -12,7 +12,7 @@ from inlay.bank.bank import Bank
 from inlay.data.encode import Choices, Encoder
 from inlay.data.rows import Row
 from inlay.errors import DataError, DroppedRow, UsageError
-from inlay.runtime.memory import Room
+from inlay.runtime.memory import TokenBudget
 
 from .score import Items, score
 
@@ -23,15 +23,18 @@ Write = Callable[[Sequence[tuple[Sequence[int], int]]], list[str]]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was said of one row: a label with the `probabilities` of all, or words; "" and the `problem` where none."""
+    """The answer to one row: a label with the `probabilities` of all, a number, `tags`, or words; "" and the `problem`
+    where none.
+    """
 
-    said: str
+    answer: str
     probabilities: dict[str, float] | None = None
     problem: str = ""
+    tags: tuple[str, ...] = ()
 
 
 def predicted_labels(
-    bank: Bank, encoder: Encoder, rows: Sequence[Row], adapter: str | None, room: Room
+    bank: Bank, encoder: Encoder, rows: Sequence[Row], adapter: str | None, budget: TokenBudget
 ) -> list[Prediction]:
     """The likeliest label of each row, in the rows' order; a label that a row has is not looked at."""
     stand_in = next(iter(encoder.template.verbalizer))
@@ -39,8 +42,8 @@ def predicted_labels(
     found = _each(encoder.all_choices, blank)
     items = [item for item in found if isinstance(item, Choices)]
     labels = tuple(encoder.template.verbalizer)
-    judged = score(bank, Items(items, labels, Counter(rows=len(items))), [adapter], room)[adapter] if items else None
-    each = iter([] if judged is None or judged.rows.probabilities is None else judged.rows.probabilities.tolist())
+    scored = score(bank, Items(items, labels, Counter(rows=len(items))), [adapter], budget)[adapter] if items else None
+    each = iter([] if scored is None or scored.rows.probabilities is None else scored.rows.probabilities.tolist())
     made = []
     for item in found:
         if isinstance(item, DroppedRow):
@@ -76,9 +79,9 @@ def predicted_texts(encoder: Encoder, rows: Sequence[Row], write: Write, batch: 
     prompts = [one for row in rows for one in _each(lambda some: [encoder.prompt(some[0])], [row])]
     order = [n for n, prompt in enumerate(prompts) if not isinstance(prompt, DroppedRow)]
     order.sort(key=lambda n: len(prompts[n][0]))
-    said: dict[int, str] = {}
+    answers: dict[int, str] = {}
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
-        said.update(zip(group, write([prompts[n] for n in group]), strict=True))
+        answers.update(zip(group, write([prompts[n] for n in group]), strict=True))
     for n, prompt in enumerate(prompts):
-        yield Prediction("", None, prompt.reason) if isinstance(prompt, DroppedRow) else Prediction(said[n])
+        yield Prediction("", None, prompt.reason) if isinstance(prompt, DroppedRow) else Prediction(answers[n])

@@ -17,14 +17,15 @@ from inlay.data.encode import PIECE, Choices, Encoder, Example
 from inlay.data.prepare import Examples, prepare
 from inlay.data.rows import Row, as_rows
 from inlay.errors import DataError, DroppedRow, UsageError
-from inlay.runtime.forward import Segment, scored
-from inlay.runtime.memory import Room, within
+from inlay.runtime.forward import Segment, answer_logits
+from inlay.runtime.memory import TokenBudget, with_backoff
 
 from .compare import HIGHER
+from .heads import head_rows
 from .intervals import Interval, intervals
 from .rows import Confusion, RowScores
 
-__all__ = ["HIGHER", "Items", "Judged", "NoneLeft", "evaluate", "items_of", "judge", "metrics_of", "score"]
+__all__ = ["HIGHER", "Items", "NoneLeft", "Scored", "evaluate", "items_of", "metrics_of", "score", "score_rows"]
 
 Scores = dict[str, float]
 MANY = 10_000
@@ -38,14 +39,14 @@ class NoneLeft(DataError):
 
 
 @dataclass(frozen=True)
-class Judged:
+class Scored:
     """What one adapter scored on each row, and what follows from that."""
 
     rows: RowScores
 
     @cached_property
     def scores(self) -> Scores:
-        """The metrics; see `judge`."""
+        """The metrics; see `score_rows`."""
         return self.rows.scores()
 
     @cached_property
@@ -61,7 +62,8 @@ class Judged:
 
 @dataclass(frozen=True)
 class Items:
-    """Rows made ready to be scored any number of times; `labels` are those of the verbalizer, none for other kinds.
+    """Rows made ready to be scored any number of times; `labels` are those of the verbalizer, none for other kinds;
+    `task` is that of their template.
 
     `counts` holds their number as "rows", and those that cannot be scored by reason.
     """
@@ -69,6 +71,7 @@ class Items:
     items: Sequence[Choices | Example]
     labels: tuple[str, ...]
     counts: Counter[str]
+    task: str = "generate"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -80,23 +83,32 @@ class Items:
         return [sample % (1 << PIECE) for sample in samples]
 
     def first(self, count: int) -> Items:
-        return Items(self.items[:count], self.labels, self.counts)
+        return Items(self.items[:count], self.labels, self.counts, self.task)
+
+
+METRICS = {
+    "label": ("loss", "accuracy", "f1"),
+    "number": ("loss", "mae", "pearson", "spearman"),
+    "tags": ("loss", "accuracy", "span_f1"),
+}
 
 
 def metrics_of(kind: str) -> tuple[str, ...]:
     """The metrics that rows of a kind are scored by, the usual one to choose the best adapter by first."""
-    return ("loss", "accuracy", "f1") if kind == "label" else ("loss", "perplexity", "accuracy", "exact_match")
+    return METRICS.get(kind, ("loss", "perplexity", "accuracy", "exact_match"))
 
 
 def items_of(encoder: Encoder, rows: Sequence[Row]) -> Items:
     """Encode rows for scoring; those that are of no use are counted. Raises: DataError where none is left."""
-    labels = tuple(encoder.template.verbalizer) if encoder.template.kind == "label" else ()
-    if len(rows) > MANY and not labels:
+    labels = tuple(encoder.template.verbalizer) if encoder.template.kind in ("label", "tags") else ()
+    task = encoder.template.task
+    if len(rows) > MANY and not labels and task == "generate":
         prepared = prepare(encoder, rows)
         return Items(prepared.examples, (), prepared.counts)
     counts, items = Counter(rows=len(rows)), list[Choices | Example]()
+    scores_words = bool(labels) and task == "generate"
     for chunk in as_rows(rows).chunks():
-        for found in encoder.all_choices(chunk) if labels else encoder.encode(chunk):
+        for found in encoder.all_choices(chunk) if scores_words else encoder.encode(chunk):
             if isinstance(found, DroppedRow):
                 counts[f"dropped: {found.reason}"] += 1
             else:
@@ -104,36 +116,42 @@ def items_of(encoder: Encoder, rows: Sequence[Row]) -> Items:
     if len(rows) and not items:
         why = "; ".join(f"{count} {reason}" for reason, count in counts.items() if reason != "rows")
         raise NoneLeft(f"none of {len(rows)} rows can be scored ({why})", "Raise --max-length, or check the columns.")
-    return Items(items, labels, counts)
+    return Items(items, labels, counts, task)
 
 
 def evaluate(
     bank: Bank, encoder: Encoder, rows: Sequence[Row], adapters: Sequence[str | None], tokens_at_once: int = 4096,
     on_rows: Callable[[int], None] | None = None,
 ) -> dict[str | None, Scores]:  # fmt: skip
-    """Metrics of each adapter (None is the plain base) on the same rows, in the same forwards; see `judge`."""
-    judged = judge(bank, encoder, rows, adapters, Room(tokens_at_once), on_rows)
-    return {adapter: found.scores for adapter, found in judged.items()}
+    """Metrics of each adapter (None is the plain base) on the same rows, in the same forwards; see `score_rows`."""
+    scored = score_rows(bank, encoder, rows, adapters, TokenBudget(tokens_at_once), on_rows)
+    return {adapter: found.scores for adapter, found in scored.items()}
 
 
-def judge(
-    bank: Bank, encoder: Encoder, rows: Sequence[Row], adapters: Sequence[str | None], room: Room,
+def score_rows(
+    bank: Bank, encoder: Encoder, rows: Sequence[Row], adapters: Sequence[str | None], budget: TokenBudget,
     on_rows: Callable[[int], None] | None = None,
-) -> dict[str | None, Judged]:  # fmt: skip
+) -> dict[str | None, Scored]:  # fmt: skip
     """For labels: loss (nats, of the right label among the candidates), accuracy and macro F1, and the confusion table.
-    Else: loss (nats a token), perplexity, accuracy of tokens, and the share of rows whose greedy answer is exact.
+    For numbers: loss (squared error), mean absolute error, Pearson's and Spearman's correlation. For tags: loss (nats a
+    tag), accuracy of tags, F1 of spans. Else: loss (nats a token), perplexity, accuracy of tokens, and the share of
+    rows whose greedy answer is exact.
 
-    `on_rows` hears how many rows are done. Where memory runs out, `room` is cut and the group done again.
+    `on_rows` hears how many rows are done. Where memory runs out, `budget` is cut and the group done again.
     Raises: DataError naming a row that cannot be scored; UsageError where there are none.
     """
-    return score(bank, items_of(encoder, rows), adapters, room, on_rows)
+    return score(bank, items_of(encoder, rows), adapters, budget, on_rows)
 
 
 @torch.no_grad()
 def score(
-    bank: Bank, items: Items, adapters: Sequence[str | None], room: Room, on_rows: Callable[[int], None] | None = None
-) -> dict[str | None, Judged]:
-    """As `judge`, for items that are encoded already."""
+    bank: Bank, items: Items, adapters: Sequence[str | None], budget: TokenBudget,
+    on_rows: Callable[[int], None] | None = None,
+) -> dict[str | None, Scored]:  # fmt: skip
+    """As `score_rows`, for items that are encoded already."""
+    if items.task != "generate" and len(items):
+        made = head_rows(bank, items.task, items.labels, _examples_of(items), adapters, budget, on_rows)
+        return {adapter: Scored(own) for adapter, own in made.items()}
     if not len(items):
         raise UsageError("there are no rows to score on", "Give a file with some, or hold out more.")
     bank.model.eval()
@@ -141,7 +159,7 @@ def score(
     done = 0
     while done < len(items):
         queue = items.items[done : done + MOST]
-        results = within(room, "evaluation", lambda queue=queue: _group(bank, queue, adapters, room))
+        results = with_backoff(budget, "evaluation", lambda queue=queue: _group(bank, queue, adapters, budget))
         for adapter, own in results.items():
             found[adapter] += own
         count = len(next(iter(results.values())))
@@ -149,7 +167,11 @@ def score(
         if on_rows is not None:
             on_rows(count)
     samples = items.samples
-    return {adapter: Judged(_rows(samples, results, items.labels)) for adapter, results in found.items()}
+    return {adapter: Scored(_rows(samples, results, items.labels)) for adapter, results in found.items()}
+
+
+def _examples_of(items: Items) -> Sequence[Example]:
+    return items.items if isinstance(items.items, Examples) else [i for i in items.items if isinstance(i, Example)]
 
 
 def _rows(samples: Sequence[int], results: Sequence[Result], labels: Sequence[str]) -> RowScores:
@@ -162,22 +184,22 @@ def _rows(samples: Sequence[int], results: Sequence[Result], labels: Sequence[st
 
 
 def _group(
-    bank: Bank, queue: Sequence[Choices | Example], adapters: Sequence[str | None], room: Room
+    bank: Bank, queue: Sequence[Choices | Example], adapters: Sequence[str | None], budget: TokenBudget
 ) -> dict[str | None, list[Result]]:
     """Results of the queue's first items, as many as there is room for, one list for each adapter."""
-    items = _first(queue, room, len(adapters))
+    items = _first(queue, budget, len(adapters))
     segments = [Segment(adapter, e) for adapter in adapters for item in items for e in _examples(item)]
-    room.largest = sum(len(s.example.ids) for s in segments), len(items)
-    logits, labels, counts = scored(bank, segments)
-    room.check()
+    budget.largest = sum(len(s.example.ids) for s in segments), len(items)
+    logits, labels, counts = answer_logits(bank, segments)
+    budget.check()
     wide = logits if logits.dtype == torch.float64 else logits.float()
     pieces = iter(zip(wide.split(counts), labels.split(counts), strict=True))
     return {adapter: [_result(item, pieces) for item in items] for adapter in adapters}
 
 
-def _first(queue: Sequence[Choices | Example], room: Room, times: int) -> list[Choices | Example]:
+def _first(queue: Sequence[Choices | Example], budget: TokenBudget, times: int) -> list[Choices | Example]:
     taken: list[Choices | Example] = []
-    left = room.tokens
+    left = budget.tokens
     for item in queue:
         left -= times * sum(len(example.ids) for example in _examples(item))
         if taken and left < 0:
@@ -227,9 +249,9 @@ def _examples(item: Choices | Example) -> list[Example]:
     """What is run for an item: itself, or its prompt with each word, of which only the word is scored."""
     if isinstance(item, Example):
         return [item]
-    head, place = len(item.prompt), getattr(item, "place", 0)
+    head, place = len(item.prompt), item.virtual_at
     words = item.words[:1] if _single(item) else item.words
     return [
-        Example((*item.prompt, *ids), (False,) * head + (True,) * len(ids), item.sample, place=place)
+        Example((*item.prompt, *ids), (False,) * head + (True,) * len(ids), item.sample, virtual_at=place)
         for _, ids in words
     ]  # fmt: skip

@@ -1,1 +1,1 @@
-"""Checkpoints of other libraries, in and out. The only place where foreign tensor files are opened."""
+"""Reads and writes checkpoints of other libraries. Foreign tensor files are opened here alone."""

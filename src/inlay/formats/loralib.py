@@ -1,4 +1,4 @@
-"""loralib's state dicts: LoRA factors by module. The file holds neither alpha nor the enabled parts of a fused weight.
+"""loralib's state dicts: LoRA factors by module, without alpha and without the enabled parts of fused weights.
 
 `lora.Linear` and `lora.Embedding` keep A (r, in) and B (out, r). `lora.MergedLinear` keeps, for n enabled parts of
 equal width, A (n r, in) and B (n width, r), part by part: here that is one LoRA of rank n r whose B is zero elsewhere.
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from inlay.errors import FormatError, UsageError
 from inlay.files import written_beside
-from inlay.methods.contract import Method, Site, Structure
+from inlay.methods.contract import LinearForm, Method, Site, Structure
 from inlay.methods.lora import LoRA
 
+from .parts import SavedPart
 from .tensors import read_tensors
 
 __all__ = ["read_loralib", "write_loralib"]
@@ -55,28 +56,24 @@ def read_loralib(
     return LoRA(alpha=alpha, targets=list(tensors), rank_pattern=ranks_by, alpha_pattern=alphas_by), tensors
 
 
-def write_loralib(
-    file: Path,
-    method: Method,
-    sites: Sequence[Site],
-    params: Mapping[str, Mapping[str, Tensor]],
-    enabled: Sequence[bool] | None = None,
-) -> float:
-    """Write a LoRA as a state dict that loralib loads with `strict=False`; `enabled` writes fused weights part by part.
+def write_loralib(file: Path, parts: Sequence[SavedPart], enabled: Sequence[bool] | None = None) -> float:
+    """Write the one part of an adapter, a method whose form is a low-rank product alone, as a state dict that loralib
+    loads with `strict=False`.
 
-    Returns: the alpha to build loralib's modules with. Raises: UsageError where one alpha or the parts cannot say it.
+    `enabled` says which of the equal parts of a fused weight are adapted; they are written part by part.
+    Returns: the alpha to build loralib's modules with. Raises: UsageError where the method is more than a product, its
+    modules need different alphas, or B does not fall into the enabled parts.
     """
-    if not isinstance(method, LoRA):
-        raise UsageError(f"loralib has no {method.title}", 'Save it with format="peft".')
-    tensors: dict[str, Tensor] = {}
+    if len(parts) > 1:
+        raise UsageError(f"loralib has no place for {len(parts)} parts", 'Save it with format="peft".')
+    part, tensors = parts[0], dict[str, Tensor]()
     alphas: set[float] = set()
-    for site in sites:
-        a, b = params[site.path]["A"].detach().cpu(), params[site.path]["B"].detach().cpu()
-        r = method.rank(site)
+    for site in part.sites.values():
+        a, b, scale = _factors(part.method, {**part.constants, **part.params.get(site.path, {})}, site)
+        r = a.shape[0]
         if enabled is not None and site.role == "qkv":
-            parts = sum(enabled)
-            b, r = _gathered(site, b, enabled), r // parts
-        alphas.add(round(method.scale(site) * r, 9))
+            b, r = _collected(site, b, enabled), r // sum(enabled)
+        alphas.add(round(scale * r, 9))
         tensors[f"{site.path}.lora_A"], tensors[f"{site.path}.lora_B"] = a.contiguous(), b.contiguous()
     if len(alphas) > 1:
         raise UsageError(f"the adapter's modules have the alphas {sorted(alphas)}", 'Save it with format="peft".')
@@ -86,6 +83,17 @@ def write_loralib(
         else:
             torch.save(tensors, beside)
     return alphas.pop()
+
+
+def _factors(method: Method, params: Mapping[str, Tensor], site: Site) -> tuple[Tensor, Tensor, float]:
+    """A (r, in), B (out, r) and the scale of their product, on the CPU. Raises: UsageError where that is not all."""
+    form = method.form({**params, **method.derive(params, site)}, site) if method.has_form() else LinearForm()
+    more = (form.in_scale, form.out_scale, form.shift)
+    if form.down is None or form.up is None or any(one is not None for one in more):
+        raise UsageError(f"loralib has no {method.title}", 'Save it with format="peft".')
+    a = form.down if form.middle is None else form.middle[:, None] * form.down
+    b = form.up if form.outer is None else form.outer[:, None] * form.up
+    return a.detach().cpu(), b.detach().cpu(), form.scale / site.table_scale
 
 
 def _pairs(file: Path, stored: Mapping[str, Tensor], sites: Mapping[str, Site]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -105,7 +113,9 @@ def _pairs(file: Path, stored: Mapping[str, Tensor], sites: Mapping[str, Site]) 
 
 
 def _spread(file: Path, path: str, b: Tensor, parts: int, site: Site, enabled: Sequence[bool] | None) -> Tensor:
-    """B (n width, r) as (out, n r): each enabled part's rows at its place, in columns of its own."""
+    """B (n width, r) of n enabled parts as (out, n r): each part's rows where the fused weight has them, in its own
+    r columns; the rest is zero.
+    """
     if enabled is None or sum(enabled) != parts or site.out_features % len(enabled):
         said = "nothing was said" if enabled is None else f"enabled={list(enabled)}"
         raise UsageError(f"{path!r} in {file} holds {parts} parts of a fused weight, {said}", "Give enabled=[...].")
@@ -118,8 +128,8 @@ def _spread(file: Path, path: str, b: Tensor, parts: int, site: Site, enabled: S
     return wide
 
 
-def _gathered(site: Site, b: Tensor, enabled: Sequence[bool]) -> Tensor:
-    """The inverse of `_spread`. Raises: UsageError where B has values outside its parts."""
+def _collected(site: Site, b: Tensor, enabled: Sequence[bool]) -> Tensor:
+    """The inverse of `_spread`: B (out, n r) as (n width, r). Raises: UsageError where B has more than those parts."""
     parts = sum(enabled)
     width, r = site.out_features // len(enabled), b.shape[1] // max(1, parts)
     left, pieces = b.clone(), []

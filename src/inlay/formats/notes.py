@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from inlay.errors import FormatError, UsageError
+from inlay.errors import FormatError, InlayError, UsageError
 from inlay.values import Checked, Count, fields_of
 
 __all__ = ["NOTES", "Notes", "read_notes"]
@@ -20,7 +20,9 @@ NOTES = "inlay.json"
 
 @dataclass(frozen=True)
 class Notes(Checked):
-    """The base's name, fingerprint and dtype in training, and how rows were put to it (see `inlay.data.template`)."""
+    """The base's name, fingerprint and dtype in training; the template (as a dict), the most tokens of a row, and the
+    place of virtual tokens.
+    """
 
     base: str = ""
     fingerprint: str | None = None
@@ -33,14 +35,17 @@ class Notes(Checked):
 def read_notes(folder: str | Path) -> Notes:
     """What was noted when the adapter was saved; nothing for adapters of other libraries.
 
-    Raises: FormatError where the file is broken or a value in it cannot be. Entries of later releases are passed over.
+    Raises: InlayError where the file cannot be opened; FormatError where it is broken or a value in it is of the wrong
+    kind. Entries of later releases are passed over.
     """
     path = Path(folder) / NOTES
     if not path.is_file():
         return Notes()
     try:
         notes = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise InlayError(f"{path} cannot be read ({error.strerror})", "Check its permissions.") from None
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON ({error})", "Save the adapter again, or remove the file.") from None
     if not isinstance(notes, dict):
         raise FormatError(f"{path} holds no JSON object", "Save the adapter again, or remove the file.")

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from inlay.errors import FormatError
+from inlay.errors import FormatError, InlayError
 
 __all__ = ["read_tensors"]
 
@@ -17,8 +17,13 @@ __all__ = ["read_tensors"]
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors, .bin or .pt file, on the CPU.
 
-    Raises: FormatError where the file is broken, holds anything but tensors, or a value is NaN or infinite.
+    Raises: InlayError where the file cannot be opened; FormatError where it is broken, holds anything but tensors, or a
+    value is NaN or infinite.
     """
+    try:
+        path.open("rb").close()  # safetensors says of every file that does not open that it is not there
+    except OSError as error:
+        raise InlayError(f"{path} cannot be read ({error.strerror})", "Check the path and its permissions.") from None
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else _foreign(path)
     except SafetensorError as error:

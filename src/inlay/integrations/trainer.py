@@ -1,4 +1,4 @@
-"""transformers' Trainer, and what is built on it, TRL's SFTTrainer for one, with an adapter of ours."""
+"""Trains an adapter in transformers' Trainer, and in what is built on it, TRL's SFTTrainer for one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from inlay.bank.bank import Bank
 from inlay.errors import UsageError
+from inlay.files import written_beside
 from inlay.formats.tensors import read_tensors
 
 __all__ = ["InlayCallback"]
@@ -55,24 +57,20 @@ class InlayCallback(TrainerCallback):
         return trainer
 
     def save(self, folder: str | Path) -> None:
-        """The adapter in HF PEFT's layout, with what training needs to go on."""
-        from safetensors.torch import save_file
-
-        from inlay.files import written_beside
-
+        """Write the adapter in HF PEFT's layout, with the tensors that resuming needs."""
         self.bank.save(self.name, folder)
         with written_beside(Path(folder) / STATE) as beside:
             save_file({str(n): p.detach().contiguous() for n, p in enumerate(self.parameters)}, beside)
 
     def load(self, folder: str | Path) -> None:
         """The inverse of `save`. Raises: FormatError where the file is broken, UsageError where it is another's."""
-        kept = read_tensors(Path(folder) / STATE)
+        saved = read_tensors(Path(folder) / STATE)
         shapes = {str(n): p.shape for n, p in enumerate(self.parameters)}
-        if {n: value.shape for n, value in kept.items()} != shapes:
+        if {n: value.shape for n, value in saved.items()} != shapes:
             raise UsageError(f"{folder} holds another adapter", "Make the adapter with the settings it had.")
         with torch.no_grad():
             for n, parameter in enumerate(self.parameters):
-                parameter.copy_(kept[str(n)])
+                parameter.copy_(saved[str(n)])
 
     # ---- what the Trainer calls
 

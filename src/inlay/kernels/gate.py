@@ -1,4 +1,4 @@
-"""The gated MLP with its activation and product as one function, which keeps its two inputs and nothing between.
+"""The gated MLP with activation and product as one function, which saves its two inputs and nothing between them.
 
     y = down(silu(gate(x)) * up(x))
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .again import Again
+from .recomputed import Recomputed
 
 __all__ = ["fused_gate"]
 
@@ -30,7 +30,7 @@ def fused_gate(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
     def forward(x: Tensor) -> Tensor:
         gate, up, product = parts["gate_proj"](x), parts["up_proj"](x), _Product()
-        return parts["down_proj"](product.mark(_Gate.apply(gate, up, product), gate, up))  # pyright: ignore
+        return parts["down_proj"](product.tag(_Gate.apply(gate, up, product), gate, up))  # pyright: ignore
 
     return forward
 
@@ -49,16 +49,16 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         gate, up = ctx.saved_tensors
         made = gated_backward(grads[0], gate, up, ctx.product.silu(gate))
-        ctx.product.drop()
+        ctx.product.release()
         return *made, None
 
 
-class _Product(Again):
+class _Product(Recomputed):
     """silu(gate) * up once more; the first factor is held for the gradient of the second."""
 
     _silu: Tensor | None = None
 
-    def make(self, *sources: Tensor) -> Tensor:
+    def compute(self, *sources: Tensor) -> Tensor:
         gate, up = sources
         return self.silu(gate) * up
 
@@ -67,8 +67,8 @@ class _Product(Again):
             self._silu = F.silu(gate)
         return self._silu
 
-    def drop(self) -> None:
-        super().drop()
+    def release(self) -> None:
+        super().release()
         self._silu = None
 
 

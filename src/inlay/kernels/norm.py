@@ -1,4 +1,4 @@
-"""RMSNorm that keeps its input and one number a token instead of five copies of its input.
+"""RMSNorm that saves its input and one number a token, where autograd would save five copies of its input.
 
     y = w * x / sqrt(mean(x^2) + eps)
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .again import Again
+from .recomputed import Recomputed
 
 __all__ = ["fused_norm"]
 
@@ -30,9 +30,9 @@ def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         weight: Any = module.weight  # looked up at every call: norm tuning puts its own in place
         if weight.requires_grad or x.dtype != weight.dtype:
             return type(module).forward(module, x)  # pyright: ignore
-        again = _Normed()
-        y, scale = _Norm.apply(x, weight, eps, again)  # pyright: ignore
-        return again.mark(y, x, weight, scale)
+        recomputed = _Normed()
+        y, scale = _Norm.apply(x, weight, eps, recomputed)  # pyright: ignore
+        return recomputed.tag(y, x, weight, scale)
 
     return forward
 
@@ -46,22 +46,22 @@ class _Norm(torch.autograd.Function):
     """x (..., width) and the frozen weight (width,) of one dtype; statistics are in float32 at least."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, again: _Normed) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, recomputed: _Normed) -> tuple[Tensor, Tensor]:
         y, scale = normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
-        ctx.again = again
+        ctx.recomputed = recomputed
         return y, scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        ctx.again.drop()
+        ctx.recomputed.release()
         return normed_backward(grads[0], *ctx.saved_tensors), None, None, None
 
 
-class _Normed(Again):
-    def make(self, *sources: Tensor) -> Tensor:
+class _Normed(Recomputed):
+    def compute(self, *sources: Tensor) -> Tensor:
         x, weight, scale = sources
         return _weighted(x.to(scale.dtype), scale, x, weight)
 

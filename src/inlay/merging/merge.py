@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from inlay.bank.bank import attach
+from inlay.bases.adapters import adapter_folder
 from inlay.bases.dtypes import dtype_name, pick_dtype
-from inlay.bases.folders import stored
+from inlay.bases.folders import weights_stored
 from inlay.bases.load import Base, load_base, resolve
 from inlay.bases.quiet import quiet
+from inlay.data.prompting import prompting_of
 from inlay.errors import InlayError, UsageError
-from inlay.formats.folders import adapter_folder
+from inlay.runs.tasking import head_of
 
 __all__ = ["merge_to_folder"]
 
-BESIDE = 64 * 2**20
-"""Bytes for the tokenizer, the settings, and the file system itself."""
+OVERHEAD = 64 * 2**20
+"""Bytes beside the weights: tokenizer, settings and the file system's own."""
 
 
 @torch.no_grad()
@@ -36,11 +38,12 @@ def merge_to_folder(base: str, adapter: str, out: str, dtype: str = "float32") -
     """
     folder, source = Path(out).expanduser(), adapter_folder(adapter)
     _check_out(folder)
-    values, own = stored(resolve(base))
+    values, own = weights_stored(resolve(base))
     chosen = (own or "float32") if dtype == "auto" else dtype
-    need = values * pick_dtype(chosen).itemsize + BESIDE
+    need = values * pick_dtype(chosen).itemsize + OVERHEAD
     _check_room(folder, need)
-    opened = load_base(base, chosen)
+    prompting = prompting_of([source])
+    opened = load_base(base, chosen, head=None if prompting is None else head_of(prompting.template))
     model: Any = opened.model
     bank = attach(model)
     bank.load("adapter", source)
@@ -94,7 +97,7 @@ def _check_out(folder: Path) -> None:
             raise UsageError(f"--out {folder} exists and is not empty", "Choose another folder.")
     elif folder.exists():
         raise UsageError(f"--out {folder} is a file", "Choose a new folder.")
-    above = _there(folder)
+    above = _existing(folder)
     if not above.is_dir():
         raise UsageError(f"--out {folder} lies below {above}, which is a file", "Choose another folder.")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -102,19 +105,19 @@ def _check_out(folder: Path) -> None:
 
 
 def _check_room(folder: Path, need: int) -> None:
-    if shutil.disk_usage(_there(folder)).free < need:
+    if shutil.disk_usage(_existing(folder)).free < need:
         raise _no_room(folder, need)
 
 
 def _no_room(folder: Path, need: int) -> InlayError:
-    above = _there(folder)
+    above = _existing(folder)
     left = shutil.disk_usage(above).free
     what = f"{above} has {left / 2**20:,.0f} MB left, and the merged model needs {need / 2**20:,.0f} MB"
     return InlayError(what, "Choose an --out with more room.")
 
 
-def _there(folder: Path) -> Path:
-    """What is there of a path that is still to be made."""
+def _existing(folder: Path) -> Path:
+    """The nearest folder above `folder`, or itself, that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
@@ -123,7 +126,7 @@ def _full(error: Exception) -> bool:
 
 
 def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits; the states of a base without a head."""
+    """The base's logits in float32, or its last states where it has no head."""
     return model(**inputs)[0].float()
 
 
@@ -134,7 +137,7 @@ def _finite(logits: Tensor, what: str, remedy: str) -> Tensor:
 
 
 def _probe(model: Any) -> dict[str, Tensor]:
-    """A row of random inputs of the kind that the base takes."""
+    """One row of random ids (1, 32), or of random pixels, as the base takes it."""
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
         size = model.config.image_size

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network behind the attention or the feed-forward part of each block.
+"""Bottleneck adapters: a small network beside what the attention or the feed-forward part of each block adds.
 
     y' = y + s U act(D z + d) + s u        z = y (Houlsby), or norm(y + x), as the block would go on (Pfeiffer)
 
@@ -23,14 +23,14 @@ from torch.nn import functional as F
 
 from inlay.errors import UsageError
 from inlay.sites.site import plain_call
-from inlay.values import Help, OneOf, Positive
+from inlay.values import Help, Positive
 
-from .contract import Dropout, Layers, Method, Params, Site, Structure, parse_layers
+from .common import ACTIVATIONS, Activation, in_layers
+from .contract import Dropout, Layers, Method, Params, Site, Structure, Tokens
 
-__all__ = ["Bottleneck", "Houlsby", "Pfeiffer"]
+__all__ = ["BehindAttention", "Bottleneck", "Houlsby", "Pfeiffer", "Reduction"]
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh}
-Activation = Annotated[str, OneOf(tuple(ACTIVATIONS), "non_linearity"), Help("between the two projections")]
+Reduction = Annotated[Positive, Help("hidden size by bottleneck size")]
 BehindAttention = Annotated[bool, Help("one behind attention")]
 AfterNorm = Annotated[bool, Help("read the stream after the block's addition and norm")]
 
@@ -39,16 +39,15 @@ AfterNorm = Annotated[bool, Help("read the stream after the block's addition and
 class Bottleneck(Method):
     """Settings, by AdapterHub's names: `mh_adapter` puts an adapter behind attention, `output_adapter` behind the
     feed-forward part, `cross_adapter` behind cross-attention; `reduction_factor` is hidden size by bottleneck size;
-    `original_ln_before` lets the adapter read the stream after the block's addition and norm; `scaling` multiplies what
-    it adds; `dropout` is the share of that which training drops; `layers` keeps some blocks.
+    `scaling` multiplies what the adapter adds; `dropout` is the share of that which training drops; `layers` keeps some
+    blocks.
     """
 
-    reduction_factor: Annotated[Positive, Help("hidden size by bottleneck size")] = 16
+    reduction_factor: Reduction = 16
     non_linearity: Activation = "relu"
     mh_adapter: BehindAttention = True
     output_adapter: Annotated[bool, Help("one behind the feed-forward part")] = True
     cross_adapter: Annotated[bool, Help("one behind cross-attention")] = False
-    original_ln_before: AfterNorm = False
     scaling: Annotated[Positive, Help("by what the adapter's output is multiplied")] = 1.0
     dropout: Dropout = 0.0
     layers: Layers = None
@@ -56,9 +55,7 @@ class Bottleneck(Method):
     def sites(self, base: Structure) -> list[Site]:
         parts = {"attention": self.mh_adapter, "mlp": self.output_adapter, "cross-attention": self.cross_adapter}
         sites = [site for site in base.sublayers if parts[site.part]]
-        if self.layers is not None:
-            kept = parse_layers(self.layers, 1 + max(base.blocks.values(), default=-1))
-            sites = [site for site in sites if site.layer in kept]
+        sites = in_layers(sites, self.layers, base)
         if not sites:
             raise UsageError(f"{self.title} finds no attention or feed-forward output to stand behind", "Choose LoRA.")
         return sites
@@ -75,14 +72,17 @@ class Bottleneck(Method):
             "up_bias": torch.zeros(wide),
         }
 
-    def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        z = y
-        if self.original_ln_before:
-            z = x + y
-            if site.norm is not None:
-                z = plain_call(site.norm, {}, z)
-        inner = ACTIVATIONS[self.non_linearity](F.linear(z, params["down"], params["down_bias"]))
-        return y + params.drop(F.linear(inner, params["up"], params["up_bias"]) * self.scaling, self.dropout)
+    def reads(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """What D is applied to, (n, hidden)."""
+        return y
+
+    def scale(self, params: Params) -> Tensor | float:
+        return self.scaling
+
+    def output(self, params: Params, x: Tensor, y: Tensor, site: Site, tokens: Tokens) -> Tensor:
+        z = F.linear(self.reads(x, y, site), params["down"], params["down_bias"])
+        added = F.linear(ACTIVATIONS[self.non_linearity](z), params["up"], params["up_bias"]) * self.scale(params)
+        return y + tokens.dropout(added, self.dropout)
 
     def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
         wide, small = site.out_features, self.size(site)
@@ -102,7 +102,20 @@ class Bottleneck(Method):
 
 
 @dataclass(frozen=True)
-class Houlsby(Bottleneck):
+class Sequential(Bottleneck):
+    """A bottleneck that reads what the sublayer gives, or with `original_ln_before` the stream after the block's
+    addition and norm."""
+
+    original_ln_before: AfterNorm = False
+
+    def reads(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        if not self.original_ln_before:
+            return y
+        return x + y if site.norm is None else plain_call(site.norm, {}, x + y)
+
+
+@dataclass(frozen=True)
+class Houlsby(Sequential):
     """Bottlenecks behind attention and behind the feed-forward part, each reading its sublayer's output."""
 
     title = "Houlsby adapter"
@@ -113,7 +126,7 @@ class Houlsby(Bottleneck):
 
 
 @dataclass(frozen=True)
-class Pfeiffer(Bottleneck):
+class Pfeiffer(Sequential):
     """One bottleneck a block, behind the feed-forward part, reading the stream as the block would go on."""
 
     title = "Pfeiffer adapter"

@@ -1,36 +1,42 @@
 """What a method is: the only thing the bank knows of it, and the only thing it knows of the bank.
 
 A method is a frozen dataclass of its settings. It names the sites it acts on, makes the parameters of one site, and
-computes that site's new input or output for ONE adapter; which rows belong to which adapter is not its concern.
+says what they do there for ONE adapter: as a linear form, or by computing the site's new output. Which rows belong to
+which adapter is not its concern, and how many adapters are computed together is not either.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from annotated_types import Le
 from torch import Tensor
 
 from inlay.errors import UsageError
-from inlay.sites.find import Structure
-from inlay.sites.select import check_pattern, parse_layers, select_projections
 from inlay.sites.site import Site
+from inlay.sites.structure import Structure
+from inlay.sites.targets import check_pattern, parse_layers, select_projections
 from inlay.values import Checked, Count, Help, Share
+
+from .form import LinearForm, merged
 
 __all__ = [
     "Dropout",
     "Layers",
     "Length",
+    "LinearForm",
     "Method",
     "Params",
     "Site",
     "Structure",
     "Targets",
+    "Tokens",
     "check_pattern",
+    "merged",
     "parse_layers",
     "select_projections",
 ]
@@ -47,37 +53,26 @@ Length = Annotated[Count, Le(4096)]
 Dropout = Annotated[Share, Help("share of inputs that training drops; 0.05 to 0.2 where rows are few")]
 
 
-class Params(Mapping[str, Tensor]):
-    """The parameters of one adapter at one site, by name; `params[name]` is in the dtype of the computation.
+Params = Mapping[str, Tensor]
+"""What a method reads at one site of one adapter, by name, in the dtype of the computation: what is trained, what the
+method's `constants` are, and what it `derive`d."""
 
-    `params.own(name)` is what is trained itself, for functions that cast it, and its gradient, on their own.
-    `may_overwrite` says that nobody else needs the y that `output` gets, so that the result may be written into it;
-    `frozen`, for methods with `takes_product`, is the weight (out, in) by which y came from x without a gradient.
+
+class Tokens(Protocol):
+    """The n tokens that a method is computed for.
+
+    `position` counts each token in its own row from 0, and is -1 for virtual tokens and padding; `length` is the length
+    of its row's prompt, or of the row where nobody says; both are int64 (n,).
     """
 
-    dropper: Callable[[Tensor, float], Tensor] | None = None
-    may_overwrite = False
-    frozen: Tensor | None = None
-
-    def __init__(self, values: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-        self._values, self._dtype = values, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self._values[name]
-        return value if self._dtype is None else value.to(self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def own(self, name: str) -> Tensor:
-        return self._values[name]
-
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        """Dropout that is the same for a token wherever it stands in a batch; x itself outside of training."""
-        return x if self.dropper is None or not p else self.dropper(x, p)
+    @property
+    def position(self) -> Tensor: ...
+    @property
+    def length(self) -> Tensor: ...
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """x (n, width) with a share p dropped, by masks that belong to the token wherever it stands in a batch; x
+        itself outside of training."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,11 +86,19 @@ class Method(Checked, ABC):
     paper: ClassVar[str]
     peft_type: ClassVar[str]
     """What HF PEFT calls the method in adapter_config.json."""
-    shared_only: ClassVar[bool] = False
-    """Whether all parameters are shared ones, so that a checkpoint names no module."""
+    placed_by_settings: ClassVar[bool] = False
+    """Whether settings alone say the sites, so that no key of a checkpoint is needed to find them."""
 
-    takes_product: ClassVar[bool] = False
-    """Whether `output` can give x the gradient of the base's own product too, which saves a pass over it."""
+    replaces: ClassVar[bool] = False
+    """Whether the method computes a module anew, whatever acted there before: then it must come first in a chain."""
+
+    untrained: ClassVar[frozenset[str]] = frozenset()
+    """Names of parameters of its sites that belong to an adapter and are saved with it, but never trained."""
+
+    peft_bias: ClassVar[bool] = False
+    """Whether HF PEFT's config of the method has a field `bias`, which says that biases of the base are trained too."""
+    uncast: ClassVar[tuple[str, ...]] = ()
+    """Parameters that stay float32 where the base computes in fewer bits, which would lose their small changes."""
 
     lr: ClassVar[float] = 1e-3
     """The learning rate to begin with, by benchmarks/learning_rates.py and the paper; see `usual_rate`."""
@@ -104,6 +107,10 @@ class Method(Checked, ABC):
     def usual_rate(self) -> float:
         """The learning rate where nobody says one."""
         return self.lr
+
+    def parts(self) -> list[Method]:
+        """The methods that an adapter of this one is made of: itself, but for presets."""
+        return [self]
 
     @abstractmethod
     def sites(self, base: Structure) -> list[Site]:
@@ -116,35 +123,56 @@ class Method(Checked, ABC):
         """Fresh float32 parameters for one site; random numbers come from `generator` alone (on the CPU)."""
         return {}
 
-    def changes_input(self, site: Site) -> bool:
-        """Whether `input` is called at this site."""
+    def constants(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """What is seen at every site and not trained; adapters of equal settings share one copy."""
+        return {}
+
+    def derive(self, params: Params, site: Site | None) -> Params:
+        """What follows from the parameters of one site (None: from the shared ones) and is worth computing once: once a
+        forward in training, once for each version of the parameters else. It is added to `params`.
+        """
+        return {}
+
+    # ---- linear, embedding and norm sites
+
+    def form(self, params: Params, site: Site) -> LinearForm:
+        """The method as a linear form: then nothing else has to be written for it to be computed and merged."""
+        raise NotImplementedError
+
+    @classmethod
+    def has_form(cls) -> bool:
+        return cls.form is not Method.form
+
+    def scales_input(self, site: Site) -> bool:
+        """Whether the form has an `in_scale` at this site."""
         return False
 
-    def input(self, params: Params, x: Tensor, site: Site) -> Tensor:
-        """The input the base's module gets instead of x, of the same shape (..., in)."""
-        return x
+    def form_dropout(self) -> float:
+        """The share of x that D does not see in training."""
+        return 0.0
 
-    def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """The output that leaves the site instead of y = base(x): x is (..., in), y and the result (..., out).
+    # ---- sites of other kinds, and methods without a form
 
-        At a sublayer, y is what attention or MLP gives and x the residual stream that y will be added to.
+    def output(self, params: Params, x: Tensor, y: Tensor, site: Site, tokens: Tokens) -> Tensor:
+        """The output that leaves the site instead of y, for ONE adapter: x is (n, in), y and the result (n, out).
+
+        At a sublayer, y is what attention or MLP gives and x the residual stream that y will be added to; at a block, y
+        is the stream behind it and x the one before it.
         """
-        return y
+        raise NotImplementedError
 
-    def inputs(self, params: Params, x: Tensor, site: Site) -> Tensor:
-        """`input` for K adapters of these settings at once: parameters (K, ...), x and the result (K, ..., in)."""
-        return torch.vmap(lambda own, x: self.input(Params(own), x, site))(dict(params), x)
-
-    def outputs(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """`output` for K adapters of these settings at once: parameters (K, ...), x (K, ..., in), y (K, ..., out)."""
-        return torch.vmap(lambda own, x, y: self.output(Params(own), x, y, site))(dict(params), x, y)
+    def whole(self, params: Params, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """At a head: what the module gives instead, for the rows of this adapter alone."""
+        raise NotImplementedError
 
     def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
         """The module's parameters, by name and in its own layout, that make its plain forward equal to this adapter's.
 
         Raises: UsageError for methods that have no such parameters.
         """
-        raise UsageError(f"{self.title} cannot be merged into the base", "Keep the adapter beside the base.")
+        if not self.has_form():
+            raise UsageError(f"{self.title} cannot be merged into the base", "Keep the adapter beside the base.")
+        return merged([self.form(params, site)], site)
 
     def rate(self, site: Site | None, key: str) -> float:
         """By what the learning rate is multiplied for the parameter `key` of `site` (None: a shared one)."""
@@ -174,11 +202,11 @@ class Method(Checked, ABC):
         """Embeddings (n, hidden) of the tokens put before a sequence."""
         raise NotImplementedError
 
-    def prepared(self, tokenizer: Any) -> Method:
+    def with_tokenizer(self, tokenizer: Any) -> Method:
         """This method with everything that only a tokenizer can say filled in."""
         return self
 
-    def folded(self, params: Params, sites: Sequence[Site]) -> tuple[Method, Mapping[str, Tensor]]:
+    def export(self, params: Params, sites: Sequence[Site]) -> tuple[Method, Mapping[str, Tensor]]:
         """The method and shared parameters to save: what only training needed is multiplied out."""
         return self, params
 
@@ -188,9 +216,34 @@ class Method(Checked, ABC):
         """For each parameter at `site`, the end of its key in an HF PEFT checkpoint and its shape there."""
         return {}
 
+    def own_shape(self, name: str, value: Tensor) -> Tensor:
+        """A parameter as it is here, from its value in a checkpoint."""
+        return value
+
     def shared_keys(self, sites: Sequence[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """For each shared parameter of the folded method, its key and shape in an HF PEFT checkpoint."""
+        """For each shared parameter of the exported method, its key and shape in an HF PEFT checkpoint."""
         return {}
+
+    def constant_keys(self, sites: Sequence[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """For each of the `constants` that a checkpoint holds, its key and shape there."""
+        return {}
+
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        """Whether an HF PEFT config describes this method; where a subclass claims it too, it is the subclass's."""
+        return config.get("peft_type") == cls.peft_type
+
+    def fields_beside(self, host: Method, sites: Sequence[Site]) -> Mapping[str, Any] | None:
+        """The fields of the config of another method, `host`, that describe this one beside it (`bias`, for
+        one), at whatever `sites`; None where no field does."""
+        return None
+
+    @classmethod
+    def read_beside(cls, config: Mapping[str, Any], keys: Collection[str]) -> Method | None:
+        """The method of this class that the config of another one describes in fields of its own, for a file of
+        `keys` (without HF PEFT's root); None where it describes none.
+        """
+        return None
 
     @abstractmethod
     def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:

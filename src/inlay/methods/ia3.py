@@ -20,7 +20,7 @@ from torch import Tensor
 from inlay.errors import UsageError
 from inlay.values import Help
 
-from .contract import Layers, Method, Params, Site, Structure, Targets, select_projections
+from .contract import Layers, LinearForm, Method, Params, Site, Structure, Targets, select_projections
 
 __all__ = ["IA3"]
 
@@ -51,41 +51,28 @@ class IA3(Method):
             raise UsageError("IA³ finds no key, value or feed-forward projection", "Name them with targets.")
         return chosen
 
-    def changes_input(self, site: Site) -> bool:
+    def scales_input(self, site: Site) -> bool:
         if self.feedforward is not None:
             return any(site.path == f or site.path.endswith("." + f) for f in self.feedforward)
         return site.part == "mlp"
 
     def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"l": torch.ones(site.in_features if self.changes_input(site) else site.out_features)}
+        return {"l": torch.ones(site.in_features if self.scales_input(site) else site.out_features)}
 
-    def input(self, params: Params, x: Tensor, site: Site) -> Tensor:
-        return x * params["l"]
-
-    def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return y if self.changes_input(site) else y * params["l"]
-
-    def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
-        scale, weight = params["l"], site.weight()
-        if self.changes_input(site):
-            merged = {"weight": weight * scale}
-        else:
-            merged = {"weight": weight * scale[:, None]}
-            bias = getattr(site.module, "bias", None)
-            if isinstance(bias, Tensor):
-                merged["bias"] = bias.detach() * scale
-        if site.transposed:
-            merged["weight"] = merged["weight"].t().contiguous()
-        return merged
+    def form(self, params: Params, site: Site) -> LinearForm:
+        return LinearForm(in_scale=params["l"]) if self.scales_input(site) else LinearForm(out_scale=params["l"])
 
     def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
-        shape = (1, site.in_features) if self.changes_input(site) else (site.out_features, 1)
+        shape = (1, site.in_features) if self.scales_input(site) else (site.out_features, 1)
         return {"l": ("ia3_l", shape)}
+
+    def own_shape(self, name: str, value: Tensor) -> Tensor:
+        return value.flatten()
 
     def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
         return {
             "target_modules": [site.path for site in sites],
-            "feedforward_modules": [site.path for site in sites if self.changes_input(site)],
+            "feedforward_modules": [site.path for site in sites if self.scales_input(site)],
             "fan_in_fan_out": all(site.transposed for site in sites),
         }
 

@@ -13,20 +13,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from inlay.errors import FormatError, UsageError
-from inlay.kernels.again import keep, kept
 from inlay.values import Count, Help, Positive
 
-from .contract import Dropout, Layers, Method, Params, Site, Structure, Targets, check_pattern, select_projections
+from .contract import (
+    Dropout,
+    Layers,
+    LinearForm,
+    Method,
+    Params,
+    Site,
+    Structure,
+    Targets,
+    check_pattern,
+    select_projections,
+)
 
 __all__ = ["LoRA"]
 
@@ -45,7 +53,7 @@ class LoRA(Method):
     title = "LoRA"
     paper = "arXiv:2106.09685"
     peft_type = "LORA"
-    takes_product = True
+    peft_bias = True
 
     r: Annotated[Count, Help("rank of the product; 4 to 32 is usual")] = 8
     alpha: Annotated[Positive | None, Help("scale of the product; 2r where unset")] = None
@@ -102,27 +110,11 @@ class LoRA(Method):
             torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         return {"A": a, "B": b}
 
-    def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        if site.is_embedding:
-            return y + F.linear(F.embedding(x, params["A"].t()), params["B"]) * self.scale(site)
-        x = params.drop(x, self.dropout)
-        a, b = params.own("A"), params.own("B")
-        if torch.is_autocast_enabled(x.device.type):  # whose dtypes are its own affair, in the backward too
-            return y + (_by_tokens(x, a) @ a.mT @ b.mT).view(y.shape) * self.scale(site)
-        into = _owned(y, site) if params.may_overwrite else None
-        if into is None:
-            return _Branch.apply(x, y, a, b, self.scale(site), params.frozen)  # pyright: ignore
-        return _BranchInto.apply(x, into, a, b, self.scale(site), params.frozen).view(y.shape)  # pyright: ignore
+    def form(self, params: Params, site: Site) -> LinearForm:
+        return LinearForm(params["A"], params["B"], self.scale(site) * site.table_scale)
 
-    def outputs(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return super().outputs(params, x, y, site) if site.is_embedding else self.output(params, x, y, site)
-
-    def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
-        delta = params["B"] @ params["A"] * self.scale(site)
-        if site.is_embedding:
-            return {"weight": site.weight() + delta.t()}
-        weight = site.weight() + delta
-        return {"weight": weight.t().contiguous() if site.transposed else weight}
+    def form_dropout(self) -> float:
+        return self.dropout
 
     def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
         ends = ("lora_embedding_A", "lora_embedding_B") if site.is_embedding else ("lora_A.weight", "lora_B.weight")
@@ -142,6 +134,10 @@ class LoRA(Method):
         }
 
     @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        return super().claims(config) and config.get("target_modules") != "dummy-target-modules"  # saved modules alone
+
+    @classmethod
     def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> LoRA:
         for name in ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"):
             if config.get(name):
@@ -155,76 +151,6 @@ class LoRA(Method):
             use_rslora=config.get("use_rslora") or False,
             dropout=config.get("lora_dropout") or 0.0,
         )
-
-
-class _Branch(torch.autograd.Function):
-    """y + s (x A^T) B^T, in one pass over y, keeping only x and s x A^T beside A and B for the backward.
-
-    x and y are (..., in) and (..., out) in the base's dtype, A (r, in) and B (out, r) as they are trained; where A and
-    B are those of K adapters, (K, ...), so are x and y. Where y came from x by a `frozen` weight (out, in) without a
-    gradient, x gets that product's too.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, frozen: Tensor | None) -> Tensor:
-        low = _kept(ctx, x, a, b, scale, frozen)
-        made = torch.addmm if a.ndim == 2 else torch.baddbmm
-        return made(_by_tokens(y, a), low, b.mT.to(y.dtype)).view(y.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        x, low, a, b, *frozen = kept(ctx)
-        x, grad = _by_tokens(x, a), _by_tokens(grads[0], a)
-        times = _product(a)
-        grad_low = times(grad, b.to(grad.dtype)).mul_(ctx.scale)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _added(grad @ frozen[0], grad_low, a) if frozen else times(grad_low, a.to(grad.dtype))
-            grad_x = grad_x.view(ctx.shape)
-        grad_y = grads[0] if ctx.needs_input_grad[1] else None
-        return grad_x, grad_y, times(grad_low.mT, x).to(a.dtype), times(grad.mT, low).to(b.dtype), None, None
-
-
-class _BranchInto(_Branch):
-    """The same, written into y."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, frozen: Tensor | None) -> Tensor:
-        low, flat = _kept(ctx, x, a, b, scale, frozen), _by_tokens(y, a)
-        _added(flat, low, b.mT)
-        ctx.mark_dirty(y)
-        return y
-
-
-def _kept(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, frozen: Tensor | None) -> Tensor:
-    """s x A^T (tokens, r); what the backward needs is kept in `ctx`."""
-    low = _product(a)(_by_tokens(x, a), a.mT.to(x.dtype)).mul_(scale)
-    keep(ctx, x, low, a, b, *([] if frozen is None else [frozen]))
-    ctx.shape, ctx.scale = x.shape, scale
-    return low
-
-
-def _product(a: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The product of matrices, or of K of them where `a` is K adapters'."""
-    return torch.mm if a.ndim == 2 else torch.bmm
-
-
-def _added(y: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    """y (tokens, width) or (K, tokens, width), to which low @ up is added in place."""
-    return (y.addmm_ if up.ndim == 2 else y.baddbmm_)(low, up.to(y.dtype))
-
-
-def _by_tokens(x: Tensor, a: Tensor) -> Tensor:
-    """x as (tokens, width), or (K, tokens, width) where `a` is K adapters'."""
-    return x.reshape(*a.shape[:-2], -1, x.shape[-1])
-
-
-def _owned(y: Tensor, site: Site) -> Tensor | None:
-    """The contiguous tensor that y is all of, if a plain linear layer made it: other modules may need theirs again."""
-    whole = y if y._base is None else y._base
-    plain = type(site.module) is torch.nn.Linear and whole.numel() == y.numel() and whole.is_contiguous()
-    return whole if plain and whole.shape[-1] == y.shape[-1] else None
 
 
 def _patterned(patterns: Mapping[str, float], path: str, default: float) -> float:

@@ -1,6 +1,6 @@
 """Norm tuning: each adapter has its own scale and shift in the base's normalisation layers.
 
-    y = norm(x; w', b')          w' and b' start as copies of the base's
+    y = norm(x) * w' + b'          w' and b' start as copies of the base's
 
 Paper: Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning"
 (arXiv:2312.11420). Shapes: w' and b' are those of the base's own parameters, (hidden,) as a rule.
@@ -18,7 +18,7 @@ from torch import Tensor
 from inlay.errors import UsageError
 from inlay.values import Help
 
-from .contract import Layers, Method, Params, Site, Structure, parse_layers
+from .contract import Layers, LinearForm, Method, Params, Site, Structure, parse_layers
 
 __all__ = ["NormTuning"]
 
@@ -51,11 +51,8 @@ class NormTuning(Method):
         own = site.module.named_parameters(recurse=False)
         return {name: value.detach().clone().float() for name, value in own}
 
-    def output(self, params: Params, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return site.with_parameters(dict(params), x)
-
-    def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
-        return dict(params)
+    def form(self, params: Params, site: Site) -> LinearForm:
+        return LinearForm(out_scale=params["weight"] + site.offset, shift=params.get("bias"))
 
     def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
         own = site.module.named_parameters(recurse=False)

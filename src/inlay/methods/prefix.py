@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.errors import FormatError, UsageError
-from inlay.sites.probe import attention_sites, uses_interface
+from inlay.sites.observe import attention_sites, uses_interface
 from inlay.values import Count, Help
 
 from .contract import Length, Method, Params, Site, Structure
@@ -40,7 +40,7 @@ class PrefixTuning(Method):
     paper = "arXiv:2101.00190"
     peft_type = "PREFIX_TUNING"
     lr = 0.01
-    shared_only = True
+    placed_by_settings = True
 
     num_virtual_tokens: Annotated[Length, Help("keys put before a row's own in each layer; 10 to 20 is usual")] = 20
     prefix_projection: Annotated[bool, Help("train them through a small network, folded away when saved")] = False
@@ -80,26 +80,25 @@ class PrefixTuning(Method):
             params[f"b{name}"] = torch.empty(rows).uniform_(-bound, bound, generator=generator)
         return params
 
+    def derive(self, params: Params, site: Site | None) -> Params:
+        if site is not None or not self.prefix_projection:
+            return {}
+        inner = F.linear(params["embedding"], params["w1"], params["b1"]).tanh()
+        return {"prefix": F.linear(inner, params["w2"], params["b2"])}
+
     def prefix(self, params: Params, site: Site, index: int) -> tuple[Tensor, Tensor]:
-        width = site.heads * site.head_dim
+        width, prefix = site.heads * site.head_dim, params["prefix"]
         if site.stack == "decoder":
-            layers = params["w2" if self.prefix_projection else "prefix"].shape[not self.prefix_projection]
-            index = 2 * index % (layers // (2 * width))
-        span = slice(2 * index * width, 2 * (index + 1) * width)
-        if self.prefix_projection:
-            inner = F.linear(params["embedding"], params["w1"], params["b1"]).tanh()
-            both = F.linear(inner, params["w2"][span], params["b2"][span])
-        else:
-            both = params["prefix"][:, span]
+            index = 2 * index % (prefix.shape[1] // (2 * width))
+        both = prefix[:, 2 * index * width : 2 * (index + 1) * width]
         keys, values = both.unflatten(1, (2, site.heads, site.head_dim)).permute(1, 2, 0, 3)  # (heads, n, head_dim)
         return keys, values
 
-    def folded(self, params: Params, sites: Sequence[Site]) -> tuple[Method, Mapping[str, Tensor]]:
+    def export(self, params: Params, sites: Sequence[Site]) -> tuple[Method, Mapping[str, Tensor]]:
         if not self.prefix_projection:
             return self, params
-        inner = F.linear(params["embedding"], params["w1"], params["b1"]).tanh()
         plain = replace(self, prefix_projection=False, encoder_hidden_size=None)
-        return plain, {"prefix": F.linear(inner, params["w2"], params["b2"])}
+        return plain, {"prefix": self.derive(params, None)["prefix"]}
 
     def shared_keys(self, sites: Sequence[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
         width = sites[0].heads * sites[0].head_dim

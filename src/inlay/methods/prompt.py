@@ -39,7 +39,7 @@ class PromptTuning(Method):
     paper = "arXiv:2104.08691"
     peft_type = "PROMPT_TUNING"
     lr = 1e-2
-    shared_only = True
+    placed_by_settings = True
 
     num_virtual_tokens: Annotated[Length, Help("embeddings put before a row's own; 20 is usual")] = 20
     init: Annotated[str, OneOf(("random", "vocab", "text"), "init"), Help("what the embeddings start as")] = "random"
@@ -60,12 +60,12 @@ class PromptTuning(Method):
 
     def sites(self, base: Structure) -> list[Site]:
         table: Any = base.stacks[0].get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        site = next((s for s in base.embeddings if s.module is table), None)
+        site = next((s for s in base.tables if s.module is table), None)
         if site is None:
             raise UsageError("prompt tuning needs a base that embeds token ids", "Choose LoRA or prefix tuning.")
-        return [replace(site, kind="embedding")]
+        return [replace(site, kind="tokens")]
 
-    def prepared(self, tokenizer: Any) -> Method:
+    def with_tokenizer(self, tokenizer: Any) -> Method:
         if self.init_text is None or self.init_ids is not None:
             return self
         return replace(self, init_ids=tuple(tokenizer(self.init_text, add_special_tokens=False)["input_ids"]))

@@ -13,12 +13,22 @@ __all__ = ["METHODS"]
 
 CLASSES = {
     "lora": "lora.LoRA",
+    "dora": "dora.DoRA",
+    "vera": "vera.VeRA",
     "ia3": "ia3.IA3",
+    "bitfit": "bitfit.BitFit",
     "houlsby": "bottleneck.Houlsby",
     "pfeiffer": "bottleneck.Pfeiffer",
+    "parallel": "parallel.Parallel",
+    "scaled_parallel": "parallel.ScaledParallel",
+    "mam": "mam.MAM",
+    "loreft": "loreft.LoReFT",
+    "noreft": "loreft.NoReFT",
+    "direft": "loreft.DiReFT",
     "norm": "norm.NormTuning",
     "prefix": "prefix.PrefixTuning",
     "prompt": "prompt.PromptTuning",
+    "head": "head.ModulesToSave",
 }
 
 

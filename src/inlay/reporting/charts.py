@@ -126,9 +126,9 @@ def _curve(frame: _Frame, curve: Line) -> list[str]:
     parts = [f'<polyline class="{kind}" style="stroke:var({curve.colour})" points="{path}"/>']
     if curve.dots or len(places) == 1:
         for (x, y), (step, value) in zip(places, curve.points, strict=True):
-            told = f"{escape(curve.name)}: {_short(value)} at {_short(step)}"
+            words = f"{escape(curve.name)}: {_short(value)} at {_short(step)}"
             parts.append(
-                f'<circle style="fill:var({curve.colour})" cx="{x}" cy="{y}" r="3"><title>{told}</title></circle>'
+                f'<circle style="fill:var({curve.colour})" cx="{x}" cy="{y}" r="3"><title>{words}</title></circle>'
             )
     return parts
 

@@ -26,21 +26,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in text.splitlines():
         try:
-            told = json.loads(line)
+            parsed = json.loads(line)
         except ValueError:
             continue
-        if isinstance(told, dict) and is_number(told.get("step")):
-            found.append(told)
+        if isinstance(parsed, dict) and is_number(parsed.get("step")):
+            found.append(parsed)
     return found
 
 
-def charts_of(story: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+def charts_of(record: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
     """Titles and SVGs, those with nothing to show left out. All have one axis, from the first step to the last."""
-    ends, mark = [line["step"] for line in (*metrics[:1], *metrics[-1:])], _mark(story, metrics)
-    marked = [*_losses(story, metrics), *_held_charts(story, metrics)]
+    ends, mark = [line["step"] for line in (*metrics[:1], *metrics[-1:])], _mark(record, metrics)
+    marked = [*_losses(record, metrics), *_held_charts(record, metrics)]
     plain = {
         "Speed": [Line("tokens a second", _speeds(metrics), "--green")],
-        "Memory": _memory(story, metrics),
+        "Memory": _memory(record, metrics),
         "Learning rate": [Line("learning rate", _points(metrics, "lr"), "--blue")],
         "Gradient": [Line("norm of the gradient, before clipping", _points(metrics, "norm"), "--blue")],
     }
@@ -49,32 +49,33 @@ def charts_of(story: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str
     return [(title, svg) for title, svg in made if svg]
 
 
-def lengths_chart(story: Mapping[str, Any]) -> str:
-    """The histogram of the rows' lengths; "" where the story holds none."""
-    found = (story.get("data") or {}).get("lengths") or {}
+def lengths_chart(record: Mapping[str, Any]) -> str:
+    """The histogram of the rows' lengths; "" where the record holds none."""
+    found = (record.get("data") or {}).get("lengths") or {}
     if "edges" not in found or "counts" not in found:
         return ""
     return bars("rows by length", found["edges"], found["counts"], "tokens in a row")
 
 
-def _losses(story: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, list[Line]]]:
+def _losses(record: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, list[Line]]]:
     """One plot where both losses are nats a token, else two, whose heights cannot be compared."""
-    kind, smoothing = (story.get("template") or {}).get("kind"), (story.get("config") or {}).get("label_smoothing")
+    kind, smoothing = (record.get("template") or {}).get("kind"), (record.get("config") or {}).get("label_smoothing")
     loss = _points(metrics, "loss")
     training = [Line("training, a step", loss, "--blue", faint=True)]
     training.append(Line("training, smoothed", _smooth(loss), "--blue"))
-    held = [Line(_held_name(story), _held(metrics, "loss"), "--orange", dots=True)]
+    held = [Line(_held_name(record), _held(metrics, "loss"), "--orange", dots=True)]
     if kind in ("completion", "messages", "text") and not smoothing:
         return [("Loss (nats a token)", [*training, *held])]
     smoothed = ", with label smoothing" if smoothing else ""
-    unit = "nats, right label among the candidates" if kind == "label" else "nats a token" if kind else "nats"
+    units = {"label": "nats, right label", "number": "squared error", "tags": "nats a tag"}
+    unit = units.get(str(kind), "nats a token" if kind else "nats")
     return [(f"Training loss (nats a learned token{smoothed})", training), (f"Held-out loss ({unit})", held)]
 
 
-def _held_charts(story: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, list[Line]]]:
-    there = ["accuracy"] if (story.get("template") or {}).get("kind") == "label" else []
-    names = dict.fromkeys([*there, story.get("metric") or "loss"])
-    title = _held_name(story)
+def _held_charts(record: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, list[Line]]]:
+    there = ["accuracy"] if (record.get("template") or {}).get("kind") == "label" else []
+    names = dict.fromkeys([*there, record.get("metric") or "loss"])
+    title = _held_name(record)
     return [
         (f"Held-out {name.replace('_', ' ')}", [Line(title, _held(metrics, name), "--orange", dots=True)])
         for name in names
@@ -82,13 +83,13 @@ def _held_charts(story: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, 
     ]
 
 
-def _held_name(story: Mapping[str, Any]) -> str:
-    count = story.get("choosing_rows") or (story.get("data") or {}).get("choosing_rows")
+def _held_name(record: Mapping[str, Any]) -> str:
+    count = record.get("choosing_rows") or (record.get("data") or {}).get("choosing_rows")
     return f"held out, {count:,} choosing rows" if isinstance(count, int) else "held out"
 
 
-def _mark(story: Mapping[str, Any], metrics: Metrics) -> tuple[float, str] | None:
-    best = story.get("best_step")
+def _mark(record: Mapping[str, Any], metrics: Metrics) -> tuple[float, str] | None:
+    best = record.get("best_step")
     return (best, "best") if is_number(best) and any(line.get("heldout") for line in metrics) else None
 
 
@@ -123,12 +124,12 @@ def _speeds(metrics: Metrics) -> Points:
     return thinned(points, 120)
 
 
-def _memory(story: Mapping[str, Any], metrics: Metrics) -> list[Line]:
+def _memory(record: Mapping[str, Any], metrics: Metrics) -> list[Line]:
     curves = [Line("now (MB)", _points(metrics, "memory_mb"), "--green")]
     curves.append(Line("peak (MB)", _points(metrics, "peak_memory_mb"), "--orange"))
     curves.append(Line("GPU (MB)", _points(metrics, "gpu_memory_mb"), "--blue"))
     steps = [line["step"] for line in metrics]
-    memory, peak = story.get("memory") or {}, max([y for _, y in curves[1].points], default=0)
+    memory, peak = record.get("memory") or {}, max([y for _, y in curves[1].points], default=0)
     estimate, limit = memory.get("estimate_mb"), memory.get("limit_mb")
     if steps and is_number(estimate):
         curves.append(Line("estimate", [(steps[0], estimate), (steps[-1], estimate)], "--grey", dashed=True))

@@ -1,4 +1,4 @@
-"""What a run cost and what its rows were, as names and values for people."""
+"""What a run cost and what its rows were, as pairs of name and value."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ LABELS = 20
 """At most, whose rows are listed."""
 
 
-def cost_facts(story: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Steps, time, memory and size; what the story lacks is left out."""
-    cost, memory = story.get("cost") or {}, story.get("memory") or {}
+def cost_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Steps, time, memory and size; what the record lacks is left out."""
+    cost, memory = record.get("cost") or {}, record.get("memory") or {}
     made: list[tuple[str, str]] = []
 
     def add(name: str, value: Any, unit: str = "") -> None:
         if value is not None:
             made.append((name, f"{number(value)}{unit}"))
 
-    add("Steps", story.get("steps"))
-    add("Tokens", story.get("tokens"))
-    add("Training time", story.get("seconds"), " s")
-    add("Time for scoring", story.get("evaluation_seconds"), " s")
-    add("Tokens a second", story.get("tokens_per_second"))
-    add("Peak memory", story.get("peak_memory_mb"), " MB")
-    add("Peak GPU memory", story.get("peak_gpu_memory_mb"), " MB")
+    add("Steps", record.get("steps"))
+    add("Tokens", record.get("tokens"))
+    add("Training time", record.get("seconds"), " s")
+    add("Time for scoring", record.get("evaluation_seconds"), " s")
+    add("Tokens a second", record.get("tokens_per_second"))
+    add("Peak memory", record.get("peak_memory_mb"), " MB")
+    add("Peak GPU memory", record.get("peak_gpu_memory_mb"), " MB")
     add("Estimated before", memory.get("estimate_mb"), " MB")
     add("Tokens at once", memory.get("tokens_at_once"))
     add("Trained parameters", cost.get("trainable_parameters"))
@@ -40,18 +40,18 @@ def cost_facts(story: Mapping[str, Any]) -> list[tuple[str, str]]:
     return made
 
 
-def data_facts(story: Mapping[str, Any]) -> list[tuple[str, str]]:
+def data_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Counts of rows: how they were split, what was dropped or cut and why, their labels and lengths."""
-    data, verbalizer = story.get("data") or {}, (story.get("template") or {}).get("verbalizer")
+    data, verbalizer = record.get("data") or {}, (record.get("template") or {}).get("verbalizer")
     names = {
         "rows": "rows to train on", "heldout_rows": "held-out rows", "choosing_rows": "of them to choose the best step",
         "final_rows": "of them for the scores", "duplicates": "rows that stand there more than once",
         "equal_rows": "equal rows, spaces and case apart",
         "heldout_in_training": "held-out rows that are trained on too",
     }  # fmt: skip
-    found = {**{key: story.get(key) for key in ("choosing_rows", "final_rows")}, **data}
+    found = {**{key: record.get(key) for key in ("choosing_rows", "final_rows")}, **data}
     made = [(label, number(found[key])) for key, label in names.items() if found.get(key) is not None]
-    counts = {k: v for k, v in (story.get("rows") or {}).items() if k != "rows" and v}
+    counts = {k: v for k, v in (record.get("rows") or {}).items() if k != "rows" and v}
     made += [(f"rows {reason}", number(count)) for reason, count in counts.items()]
     labels = list((data.get("labels") or {}).items())
     made += [(f"rows labelled {label_text(label, verbalizer)}", number(count)) for label, count in labels[:LABELS]]

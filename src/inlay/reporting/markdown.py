@@ -1,4 +1,4 @@
-"""Words of other people inside Markdown: whatever they hold, they stay words."""
+"""Escapes words for Markdown: whatever they hold, they stay words."""
 
 from __future__ import annotations
 

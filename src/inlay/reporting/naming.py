@@ -1,4 +1,4 @@
-"""What a base is called elsewhere: names that people typed here mean little on another machine."""
+"""Names of bases for readers elsewhere: what people typed here means little on another machine."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _hub_name(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     except (OSError, ValueError):
         return None
-    told = config.get("_name_or_path") if isinstance(config, dict) else None
-    if not isinstance(told, str) or not is_hub_id(told):
+    noted = config.get("_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(noted, str) or not is_hub_id(noted):
         return None
-    return told if told.rpartition("/")[2].lower() == folder.resolve().name.lower() else None
+    return noted if noted.rpartition("/")[2].lower() == folder.resolve().name.lower() else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from markupsafe import Markup
 
 from inlay.files import write_text
 
-from .command import command_parts
 from .curves import charts_of, lengths_chart, read_metrics
 from .facts import cost_facts, data_facts
 from .naming import named
@@ -31,40 +30,41 @@ BY_CHANCE = (
 BY_LOSS = (("weight down", "highest loss first"), ("weight up", "lowest loss first"), ("place up", "as in the data"))
 
 
-def write_report(folder: Path, story: Mapping[str, Any]) -> Path:
-    """Write `folder`/report.html from `story` (what run.json holds) and the folder's metrics.jsonl and final.jsonl.
+def write_report(folder: Path, record: Mapping[str, Any], command: Sequence[str] = ()) -> Path:
+    """Write `folder`/report.html from `record` (what run.json holds) and the folder's metrics.jsonl and final.jsonl.
+    `command` are the arguments of the shell command that repeats the run.
 
-    Every field of `story` may be missing: runs of earlier versions and runs that failed have fewer.
+    Every field of `record` may be missing: runs of earlier versions and runs that failed have fewer.
     """
-    template, scores = story.get("template") or {}, scores_of(story)
+    template, scores = record.get("template") or {}, scores_of(record)
     missed = missed_rows(folder / "final.jsonl", template.get("verbalizer"))
-    charts = charts_of(story, read_metrics(folder / "metrics.jsonl"))
-    count = final_rows(story)
-    told = {
-        "story": story,
-        "title": _title(story),
-        "subtitle": _subtitle(story),
-        "links": _links(folder, story),
-        "verdict": verdict(story),
-        "notices": _notices(story),
+    charts = charts_of(record, read_metrics(folder / "metrics.jsonl"))
+    count = final_rows(record)
+    context = {
+        "record": record,
+        "title": _title(record),
+        "subtitle": _subtitle(record),
+        "links": _links(folder, record),
+        "verdict": verdict(record),
+        "notices": _notices(record),
         "scores": scores,
         "has_intervals": any(score.interval or score.base_interval for score in scores),
         "rows_scored": "held-out rows" if count is None else f"{number(count)} held-out rows",
         "charts": [(title, Markup(svg)) for title, svg in charts],
-        "confusions": _confusions(story),
-        "by_label": by_label(story),
-        "samples": [_sample(each, template) for each in story.get("samples") or []],
+        "confusions": _confusions(record),
+        "by_label": by_label(record),
+        "samples": [_sample(each, template) for each in record.get("samples") or []],
         "missed": missed,
         "orders": BY_CHANCE if missed is not None and missed.labelled else BY_LOSS,
-        "facts": cost_facts(story),
-        "memory_words": memory_words(story),
-        "data": data_facts(story),
-        "lengths": Markup(lengths_chart(story)),
-        "config": _config(story),
-        "command": [shlex.quote(part) for part in command_parts(story)],
+        "facts": cost_facts(record),
+        "memory_words": memory_words(record),
+        "data": data_facts(record),
+        "lengths": Markup(lengths_chart(record)),
+        "config": _config(record),
+        "command": [shlex.quote(part) for part in command],
     }
     path = folder / "report.html"
-    write_text(path, printable(_environment().get_template("report.html.jinja").render(told)))
+    write_text(path, printable(_environment().get_template("report.html.jinja").render(context)))
     return path
 
 
@@ -77,15 +77,15 @@ def _environment() -> Environment:
     return environment
 
 
-def _title(story: Mapping[str, Any]) -> str:
-    config = story.get("config") or {}
-    method = story.get("method") or config.get("method") or "Training"
+def _title(record: Mapping[str, Any]) -> str:
+    config = record.get("config") or {}
+    method = record.get("method") or config.get("method") or "Training"
     return f"{method} on {named(str(config['base'])).short}" if config.get("base") else str(method)
 
 
-def _subtitle(story: Mapping[str, Any]) -> list[Markup | str]:
-    config, steps, best = story.get("config") or {}, story.get("steps"), story.get("best_step")
-    parts: list[Markup | str] = [str(story["status"])] if story.get("status") else []
+def _subtitle(record: Mapping[str, Any]) -> list[Markup | str]:
+    config, steps, best = record.get("config") or {}, record.get("steps"), record.get("best_step")
+    parts: list[Markup | str] = [str(record["status"])] if record.get("status") else []
     if best:
         parts.append(f"best at step {number(best)}" + (f" of {number(steps)}" if steps else ""))
     if config.get("base"):
@@ -93,7 +93,7 @@ def _subtitle(story: Mapping[str, Any]) -> list[Markup | str]:
     return parts + [breakable(Path(str(file)).name) for file in config.get("data") or []]
 
 
-def _links(folder: Path, story: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _links(folder: Path, record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What lies beside the page; run.json is written after it."""
     names = {"adapter": "adapter/", "card": "adapter/README.md", "metrics.jsonl": "metrics.jsonl"}
     names["final.jsonl"] = "final.jsonl"
@@ -101,9 +101,9 @@ def _links(folder: Path, story: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*there, ("run.json", "run.json")]
 
 
-def _notices(story: Mapping[str, Any]) -> list[str]:
-    backed_off = (story.get("memory") or {}).get("backed_off") or []
-    return [*map(str, story.get("notices") or [])] + [
+def _notices(record: Mapping[str, Any]) -> list[str]:
+    backed_off = (record.get("memory") or {}).get("backed_off") or []
+    return [*map(str, record.get("notices") or [])] + [
         f"{step.get('why', 'memory')} at {step.get('where', '?')}: {number(step.get('to'))} tokens at once in place of "
         f"{number(step.get('from'))}; the gradients stay the same."
         for step in backed_off
@@ -126,27 +126,28 @@ def _sample(sample: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _config(story: Mapping[str, Any]) -> list[tuple[str, str]]:
-    config = sorted((story.get("config") or {}).items())
-    shown = [(name, _shown(value)) for name, value in config if name != "argv" and value not in (None, {}, [], "")]
-    return shown + [(name, str(version)) for name, version in (story.get("versions") or {}).items()]
+def _config(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    config = sorted((record.get("config") or {}).items())
+    given = [(name, value) for name, value in config if name != "argv" and value not in (None, {}, [], "")]
+    versions = (record.get("versions") or {}).items()
+    return [*((name, _setting_text(value)) for name, value in given), *((name, str(each)) for name, each in versions)]
 
 
-def _confusions(story: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _confusions(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Tables with the share of each cell in its row, for shading; those of many labels would not be read."""
-    told, verbalizer = story.get("confusion") or {}, (story.get("template") or {}).get("verbalizer")
-    labels = [label_text(label, verbalizer) for label in told.get("labels") or []]
+    confusion, verbalizer = record.get("confusion") or {}, (record.get("template") or {}).get("verbalizer")
+    labels = [label_text(label, verbalizer) for label in confusion.get("labels") or []]
     if not labels or len(labels) > LABELS:
         return []
     made = []
     for name in ("base", "adapter"):
-        if told.get(name):
-            rows = [[(n, n / (sum(row) or 1)) for n in row] for row in told[name]]
+        if confusion.get(name):
+            rows = [[(n, n / (sum(row) or 1)) for n in row] for row in confusion[name]]
             made.append({"name": name, "labels": labels, "rows": list(zip(labels, rows, strict=False))})
     return made
 
 
-def _shown(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{k}={v}" for k, v in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -51,7 +51,7 @@ def missed_rows(path: Path, verbalizer: Mapping[str, Any] | None = None, most: i
         else:
             heapq.heappushpop(worst, entry)
     ordered = sorted(worst, key=lambda entry: entry[:2], reverse=True)
-    found.rows = [_shown(row, -place, verbalizer) for _, place, row in ordered]
+    found.rows = [_page_row(row, -place, verbalizer) for _, place, row in ordered]
     return found if found.total else None
 
 
@@ -82,14 +82,14 @@ def _chance(row: Mapping[str, Any], who: str, label: Any) -> float | None:
 
 
 def _weight(row: Mapping[str, Any]) -> float:
-    """Higher for what is shown first."""
+    """The row's rank on the page, highest first: the probability of a wrong label, or the loss."""
     value = _chance(row, "", row["said"]) if "said" in row else row.get("loss")
     return float(value) if is_number(value) else math.inf if value != value else 0.0  # what is no number is worst
 
 
-def _shown(row: Mapping[str, Any], place: int, verbalizer: Mapping[str, Any] | None) -> dict[str, Any]:
+def _page_row(row: Mapping[str, Any], place: int, verbalizer: Mapping[str, Any] | None) -> dict[str, Any]:
     prompt, where = str(row.get("prompt") or ""), str(row.get("where") or "")
-    told = {
+    entry = {
         "place": place,
         "prompt": cut_front(prompt, SHOWN),
         "whole": cut_front(prompt, WHOLE) if len(prompt) > SHOWN else "",
@@ -100,16 +100,16 @@ def _shown(row: Mapping[str, Any], place: int, verbalizer: Mapping[str, Any] | N
         "lines": [],
     }
     if "said" not in row:
-        told["loss"], told["base_loss"] = score_text(row.get("loss")), score_text(row.get("base_loss"))
-        return told
+        entry["loss"], entry["base_loss"] = score_text(row.get("loss")), score_text(row.get("base_loss"))
+        return entry
     label = row.get("label")
-    told["label"] = label_text(label, verbalizer)
+    entry["label"] = label_text(label, verbalizer)
     for who, name in (("", "adapter"), ("base_", "base")):
         said = row.get(f"{who}said")
         if said is not None:
-            told[f"{name}_said"] = label_text(said, verbalizer)
-            told["lines"].append((name, label_text(said, verbalizer), _chances(row, who, said, label)))
-    return told
+            entry[f"{name}_said"] = label_text(said, verbalizer)
+            entry["lines"].append((name, label_text(said, verbalizer), _chances(row, who, said, label)))
+    return entry
 
 
 def _chances(row: Mapping[str, Any], who: str, said: Any, label: Any) -> str:

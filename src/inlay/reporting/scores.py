@@ -12,9 +12,20 @@ __all__ = ["ByLabel", "Score", "Verdict", "by_label", "final_rows", "memory_word
 
 MEANINGS = {
     "label": {
-        "loss": "nats of the right label among the candidates; less is better",
+        "loss": "nats of the right label; less is better",
         "accuracy": "share of rows with the right label",
         "f1": "harmonic mean of precision and recall, mean over the labels",
+    },
+    "number": {
+        "loss": "mean squared error; less is better",
+        "mae": "mean absolute error; less is better",
+        "pearson": "correlation of the numbers",
+        "spearman": "correlation of their ranks",
+    },
+    "tags": {
+        "loss": "nats a tag; less is better",
+        "accuracy": "share of words with the right tag",
+        "span_f1": "harmonic mean of precision and recall of whole spans",
     },
     "": {
         "loss": "nats a token of the answer; less is better",
@@ -23,7 +34,7 @@ MEANINGS = {
         "exact_match": "share of rows whose whole answer is right",
     },
 }
-LOWER = ("loss", "perplexity")
+LOWER = ("loss", "perplexity", "mae")
 FAR = 0.15
 """Share of the estimate by which a peak may miss it before the report says so."""
 
@@ -57,40 +68,41 @@ class ByLabel:
     pairs: tuple[tuple[str, str], ...]
 
 
-def final_rows(story: Mapping[str, Any]) -> int | None:
-    """How many rows the reported scores are of; None where the story does not say."""
-    data = story.get("data") or {}
-    found = (story.get("final_rows"), data.get("final_rows"), data.get("heldout_rows"))
+def final_rows(record: Mapping[str, Any]) -> int | None:
+    """How many rows the reported scores are of; None where the record does not say."""
+    data = record.get("data") or {}
+    found = (record.get("final_rows"), data.get("final_rows"), data.get("heldout_rows"))
     return next((count for count in found if isinstance(count, int)), None)
 
 
-def scores_of(story: Mapping[str, Any]) -> list[Score]:
+def scores_of(record: Mapping[str, Any]) -> list[Score]:
     """Accuracy first, then the metric that chose the best adapter, then the others."""
-    held, base = story.get("heldout") or {}, story.get("heldout_base") or {}
-    own, bases = story.get("heldout_intervals") or {}, story.get("heldout_base_intervals") or {}
-    labelled = (story.get("template") or {}).get("kind") == "label"
-    order = sorted(held, key=lambda name: (name != "accuracy", name != story.get("metric")))
+    held, base = record.get("heldout") or {}, record.get("heldout_base") or {}
+    own, bases = record.get("heldout_intervals") or {}, record.get("heldout_base_intervals") or {}
+    kind = (record.get("template") or {}).get("kind")
+    meanings = MEANINGS.get(str(kind), MEANINGS[""])
+    order = sorted(held, key=lambda name: (name != "accuracy", name != record.get("metric")))
     return [
         Score(
             name, score_text(base.get(name)), interval_text(bases.get(name)), score_text(held[name]),
-            interval_text(own.get(name)), MEANINGS["label" if labelled else ""].get(name, ""),
+            interval_text(own.get(name)), meanings.get(name, ""),
         )
         for name in order
     ]  # fmt: skip
 
 
-def verdict(story: Mapping[str, Any]) -> Verdict | None:
+def verdict(record: Mapping[str, Any]) -> Verdict | None:
     """Whether the adapter is better than the base beyond chance; None where nobody compared them."""
-    told = story.get("comparison") or {}
-    difference, interval = told.get("difference"), told.get("interval")
-    if not is_number(difference) or "better" not in told:
+    comparison = record.get("comparison") or {}
+    difference, interval = comparison.get("difference"), comparison.get("interval")
+    if not is_number(difference) or "better" not in comparison:
         return None
-    metric = told.get("metric", "loss")
+    metric = comparison.get("metric", "loss")
     away = interval is not None and interval_text(interval) != "" and not interval[0] <= 0 <= interval[1]
     against = difference > 0 if metric in LOWER else difference < 0
-    if told["better"]:
+    if comparison["better"]:
         tone, begun = "good", "Better than the base beyond chance"
-    elif told["better"] is False and away and against:
+    elif comparison["better"] is False and away and against:
         tone, begun = "bad", "Worse than the base beyond chance"
     elif away:
         tone, begun = "even", "Too few rows to tell whether it is better than the base"
@@ -98,38 +110,39 @@ def verdict(story: Mapping[str, Any]) -> Verdict | None:
         tone, begun = "even", "No better than the base beyond chance"
     sign = "+" if difference > 0 else "−" if difference < 0 else "±"
     within = f" (95 % interval {interval_text(interval)})" if interval_text(interval) else ""
-    rows = f", over the same {number(told['rows'])} rows" if told.get("rows") else ""
+    rows = f", over the same {number(comparison['rows'])} rows" if comparison.get("rows") else ""
     return Verdict(tone, f"{begun}: {metric} {sign}{score_text(abs(difference))}{within}{rows}.")
 
 
-def by_label(story: Mapping[str, Any]) -> list[ByLabel]:
+def by_label(record: Mapping[str, Any]) -> list[ByLabel]:
     """Precision, recall and F1 of each label, from the tables of which was taken for which."""
-    told = story.get("confusion") or {}
-    own = told.get("adapter")
+    confusion = record.get("confusion") or {}
+    own = confusion.get("adapter")
     if not own:
         return []
-    verbalizer = (story.get("template") or {}).get("verbalizer")
-    base = _by_label(told["base"]) if told.get("base") else [("", "", "")] * len(own)
+    verbalizer = (record.get("template") or {}).get("verbalizer")
+    base = _by_label(confusion["base"]) if confusion.get("base") else [("", "", "")] * len(own)
     pairs = [tuple(zip(before, after, strict=True)) for before, after in zip(base, _by_label(own), strict=False)]
     rows = [number(sum(line)) for line in own]
-    names = [label_text(label, verbalizer) for label in told.get("labels", [])]
+    names = [label_text(label, verbalizer) for label in confusion.get("labels", [])]
     return [ByLabel(*each) for each in zip(names, rows, pairs, strict=False)]
 
 
 def _by_label(table: Sequence[Sequence[int]]) -> list[tuple[str, str, str]]:
     found = []
     for n, line in enumerate(table):
-        right, true, said = line[n], sum(line), sum(row[n] for row in table)
-        shares = (right / said if said else None, right / true if true else None)
-        found.append((*map(score_text, shares), score_text(2 * right / (true + said) if true + said else None)))
+        right, true, predicted = line[n], sum(line), sum(row[n] for row in table)
+        shares = (right / predicted if predicted else None, right / true if true else None)
+        f1 = 2 * right / (true + predicted) if true + predicted else None
+        found.append((*map(score_text, shares), score_text(f1)))
     return found
 
 
-def memory_words(story: Mapping[str, Any]) -> str:
+def memory_words(record: Mapping[str, Any]) -> str:
     """A sentence where the peak of memory was far from the estimate, with the reason if one is known; else ""."""
-    memory = story.get("memory") or {}
-    gpu = story.get("peak_gpu_memory_mb")
-    peak, estimate = gpu if is_number(gpu) else story.get("peak_memory_mb"), memory.get("estimate_mb")
+    memory = record.get("memory") or {}
+    gpu = record.get("peak_gpu_memory_mb")
+    peak, estimate = gpu if is_number(gpu) else record.get("peak_memory_mb"), memory.get("estimate_mb")
     if not is_number(peak) or not is_number(estimate) or estimate <= 0 or abs(peak / estimate - 1) <= FAR:
         return ""
     side = "above" if peak > estimate else "below"

@@ -39,13 +39,13 @@ class Checkpoints:
         for old in self.files()[: -self.keep]:
             old.unlink()
 
-    def newest(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """The newest state that is whole; `say` hears of those that are not. None where there is none."""
+    def newest(self, on_message: Callable[[str], None]) -> dict[str, Any] | None:
+        """The newest state that is whole; `on_message` is told of those that are not. None where there is none."""
         for file in reversed(self.files()):
             try:
                 return _read(file)
             except FormatError as error:
-                say(f"{error} Going back to the one before.")
+                on_message(f"{error} Going back to the one before.")
                 file.unlink()
         return None
 

@@ -10,11 +10,12 @@ import torch
 from inlay.bank.bank import Bank
 from inlay.data.encode import Example
 from inlay.data.prepare import token_counts
-from inlay.runtime.forward import Segment, token_losses
-from inlay.runtime.memory import MB, Room, current_memory_mb, saved_bytes
-from inlay.training.contender import Contender
+from inlay.runtime.forward import Segment
+from inlay.runtime.memory import MB, TokenBudget, current_memory_mb, saved_bytes
+from inlay.runtime.tasks import GENERATE, Task
+from inlay.training.learner import Learner
 
-__all__ = ["estimate_mb"]
+__all__ = ["estimate_mb", "step_tokens"]
 
 KERNELS_MB = 150
 """What compiled kernels of a CPU's matrix products take; in bfloat16 it is up to twice as much."""
@@ -22,23 +23,40 @@ LONGEST = 256
 """Tokens of the row that is tried."""
 
 
-def estimate_mb(bank: Bank, contender: Contender, examples: Sequence[Example], room: Room) -> dict[str, float]:
-    """`estimate_mb` for steps as they will be, and `least_mb` where each forward takes one row; cuts `room` to it.
+def estimate_mb(
+    bank: Bank, learners: Sequence[Learner], examples: Sequence[Example], budget: TokenBudget, task: Task = GENERATE
+) -> dict[str, float]:
+    """`estimate_mb` for steps as they will be, `least_mb` where each forward takes one row; cuts `budget` to it.
 
-    One row runs forward, and what it keeps for its backward is counted; the largest step keeps that much a token. The
-    adapter's gradients, two moments of its optimizer and a copy from before each step come on top of what is in use.
+    One row runs forward for each learner, and what it saves for its backward is counted; the largest step saves that
+    much a token. The adapters' gradients, two moments of their optimizers and a copy from before each step come on top
+    of the memory in use.
     """
     sizes = token_counts(examples)
     longest = int(sizes.max())
     tried = examples[int(np.where(sizes <= LONGEST, sizes, 0).argmax())]
-    with torch.enable_grad():
-        segment = [Segment(contender.plan.name, tried)]
-        kept = saved_bytes(bank.model, lambda: token_losses(bank, segment, 0)[0])
-    a_token = kept / len(tried.ids)
-    rows = min(contender.plan.batch_size, len(sizes))
-    most = min(int(np.partition(sizes, -rows)[-rows:].sum()), max(room.tokens, longest))
-    states = 4 * sum(p.numel() * p.element_size() for p in contender.parameters)
-    fixed = current_memory_mb(room.device) + states / MB + (KERNELS_MB if room.device.type == "cpu" else 0)
-    room.fit(fixed, a_token / MB, longest)
-    most = min(most, max(room.tokens, longest))
+    a_token = max(_saved(bank, learner, tried, task) for learner in learners) / len(tried.ids)
+    tensors = [p for learner in learners for p in learner.parameters]
+    states = 4 * sum(p.numel() * p.element_size() for p in tensors)
+    fixed = current_memory_mb(budget.device) + states / MB + (KERNELS_MB if budget.device.type == "cpu" else 0)
+    budget.fit(fixed, a_token / MB, longest)
+    most = step_tokens(learners, sizes, budget)
     return {"estimate_mb": fixed + a_token * most / MB, "least_mb": fixed + a_token * longest / MB}
+
+
+def step_tokens(learners: Sequence[Learner], sizes: np.ndarray, budget: TokenBudget) -> int:
+    """Tokens of the largest forward: a step of the longest rows of all learners, or what the budget allows of it.
+
+    `sizes` (n,) are the examples' lengths.
+    """
+    ordered = np.sort(sizes)
+    whole = sum(int(ordered[-learner.plan.batch_size :].sum()) for learner in learners)
+    return min(whole, max(budget.tokens, int(ordered[-1])))
+
+
+def _saved(bank: Bank, learner: Learner, example: Example, task: Task) -> int:
+    """Bytes that a step on one example saves for its backward."""
+    plan = learner.plan
+    segment = Segment(plan.name, example, seed=plan.seed, step=0)
+    with torch.enable_grad():
+        return saved_bytes(bank.model, lambda: task.losses(bank, [segment])[0])

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what is in it, and whether it can be gone on with."""
+"""A run's folder: its paths, its lock, and whether the run in it can be resumed."""
 
 from __future__ import annotations
 
@@ -17,37 +17,52 @@ from inlay.files import write_text
 __all__ = ["RunFolder"]
 
 
-TOLD = {"config": dict, "data": dict, "status": str, "total_steps": int, "result": dict}
-"""What is taken from run.json."""
+READ = {"config": dict, "data": dict, "status": str, "total_steps": int, "result": dict}
+"""The fields of run.json that are read again, and their types."""
 
 
 class RunFolder:
-    """Paths of a run's folder, which is made when it is first claimed."""
+    """Paths of a run's folder, which is made when it is first claimed.
+
+    A run of one learner has `adapter/` (the best), `last/`, `final.jsonl` and `report.html`; one of `several` has
+    `adapters/NAME/`, `last/NAME/` and `final/NAME.jsonl`. Both have `checkpoints/`, `metrics.jsonl` and `run.json`.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{path} is a file", "Name a folder.")
-        self.adapter, self.last = self.path / "adapter", self.path / "last"
-        self.story, self.metrics = self.path / "run.json", self.path / "metrics.jsonl"
+        self.record, self.metrics = self.path / "run.json", self.path / "metrics.jsonl"
         self.checkpoints, self.lock = self.path / "checkpoints", self.path / ".lock"
-        self.final = self.path / "final.jsonl"
+        self.several = False
 
-    def told(self) -> dict[str, Any]:
-        """What run.json says; nothing where there is none."""
-        if not self.story.exists():
+    def best(self, name: str) -> Path:
+        """The folder of the best adapter of the learner `name`."""
+        return self.path / "adapters" / name if self.several else self.path / "adapter"
+
+    def last(self, name: str) -> Path:
+        """The folder of its adapter after the last step."""
+        return self.path / "last" / name if self.several else self.path / "last"
+
+    def final(self, name: str) -> Path:
+        """The file of its answers to the final rows."""
+        return self.path / "final" / f"{name}.jsonl" if self.several else self.path / "final.jsonl"
+
+    def read(self) -> dict[str, Any]:
+        """The run's record, run.json; empty where there is none. Raises: InlayError where it is none of a run's."""
+        if not self.record.exists():
             return {}
         try:
-            story = json.loads(self.story.read_text(encoding="utf8"))
+            record = json.loads(self.record.read_text(encoding="utf8"))
         except (ValueError, RecursionError, OSError):
-            raise InlayError(f"{self.story} cannot be read", "Remove the folder, or choose another one.") from None
-        if not isinstance(story, dict) or not all(isinstance(story.get(n, t()), t) for n, t in TOLD.items()):
-            raise InlayError(f"{self.story} is not what a run writes", "Remove the folder, or choose another one.")
-        return story
+            raise InlayError(f"{self.record} cannot be read", "Remove the folder, or choose another one.") from None
+        if not isinstance(record, dict) or not all(isinstance(record.get(n, t()), t) for n, t in READ.items()):
+            raise InlayError(f"{self.record} is not what a run writes", "Remove the folder, or choose another one.")
+        return record
 
     @property
     def finished(self) -> bool:
-        return self.told().get("status", "interrupted") not in ("running", "interrupted")
+        return self.read().get("status", "interrupted") not in ("running", "interrupted")
 
     def check(self, resume: bool) -> None:
         """Raises: UsageError where a run in the folder would be lost, or the folder cannot be made or written."""
@@ -56,7 +71,7 @@ class RunFolder:
             raise UsageError(f"{self.path} lies below {there}, which is a file", "Name another folder.")
         if not os.access(there, os.W_OK | os.X_OK):
             raise UsageError(f"{there} cannot be written", "Choose another folder.")
-        if not self.story.exists():
+        if not self.record.exists():
             return
         if self.finished and not resume:
             raise UsageError(f"{self.path} holds a finished run", "Choose another folder, or remove this one.")
@@ -64,15 +79,15 @@ class RunFolder:
             raise UsageError(f"{self.path} holds an unfinished run", "Add --resume to go on with it, or remove it.")
 
     @contextmanager
-    def claimed(self, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
-        """Keep other runs out; the system itself takes the lock off when this process ends, however it does.
+    def claimed(self, begun: Callable[[], bool]) -> Iterator[None]:
+        """Lock the folder against other runs; the system removes the lock when this process ends, however it does.
 
-        What fails inside before `begun` says yes leaves the folder as it was, or none where there was none.
+        An error inside before `begun` is true leaves the folder as it was, or none where there was none.
         Raises: InlayError where another run is in the folder, or it cannot be written.
         """
         from filelock import FileLock, Timeout
 
-        before = _Before(self.path, self.story)
+        before = _Before(self.path, self.record)
         lock = FileLock(self.lock)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -96,8 +111,8 @@ class RunFolder:
             lock.release()
 
     @contextmanager
-    def room(self, kept: str) -> Iterator[None]:
-        """Writing that the run cannot do without; `kept` says what there is where the disk is full.
+    def must_write(self, kept: str) -> Iterator[None]:
+        """Writing that the run cannot do without; `kept` says what is safe where the disk is full.
 
         Raises: InlayError naming the folder.
         """
@@ -112,19 +127,19 @@ class RunFolder:
 class _Before:
     """What a folder held, so that it can be put back as it was."""
 
-    def __init__(self, path: Path, story: Path) -> None:
-        self.path, self.story = path, story
+    def __init__(self, path: Path, record: Path) -> None:
+        self.path, self.record = path, record
         self.missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         self.names = set() if self.missing else {entry.name for entry in path.iterdir()}
-        self.told = story.read_bytes() if story.exists() else None
+        self.content = record.read_bytes() if record.exists() else None
 
     def restore(self) -> None:
-        """Remove what has come since, and the folders that were made for it; best as can be, on a full disk too."""
+        """Remove what has come since, and the folders that were made for it, as far as a full disk allows."""
         with suppress(OSError):
             for entry in list(self.path.iterdir()) if self.path.is_dir() else []:
                 if entry.name not in self.names:
                     shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
-            if self.told is not None and self.story.read_bytes() != self.told:
-                write_text(self.story, self.told.decode())
+            if self.content is not None and self.record.read_bytes() != self.content:
+                write_text(self.record, self.content.decode())
             for folder in self.missing:
                 folder.rmdir()

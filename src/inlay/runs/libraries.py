@@ -1,6 +1,8 @@
-"""Whether the libraries that a run will need are there, before anything is loaded."""
+"""Whether the libraries that a run needs are installed, before anything is loaded."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -13,9 +15,10 @@ from .settings import Settings
 __all__ = ["check_libraries"]
 
 
-def check_libraries(settings: Settings) -> None:
-    """Raises: UsageError for a tracker that nobody knows; InlayError naming the library that lacks."""
-    make_optimizer(settings.optimizer, [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], 1.0, 0.0)
+def check_libraries(settings: Settings, optimizers: Iterable[str]) -> None:
+    """Raises: UsageError for an unknown tracker; InlayError naming a library that is not installed."""
+    for name in dict.fromkeys(optimizers):
+        make_optimizer(name, [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], 1.0, 0.0)
     if settings.track is None:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers

@@ -1,39 +1,42 @@
-"""What came of a run: its scores beside the base's, whether they differ by more than chance, and its story."""
+"""What came of a learner: its scores beside the base's, and whether they differ by more than chance."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inlay.data.encode import Choices, Encoder, Example
 from inlay.data.table import Rows
+from inlay.data.targets import HeadEncoder, Targeted
 from inlay.evaluation.compare import Comparison, compare
+from inlay.evaluation.head_rows import NumberScores
 from inlay.evaluation.intervals import FEW
-from inlay.evaluation.score import Items, Judged
+from inlay.evaluation.rows import RowScores
+from inlay.evaluation.score import Items, Scored
+from inlay.files import finite
 
-__all__ = ["Final", "final_lines", "finite"]
+__all__ = ["Final", "final_lines"]
 
 
 class Final:
-    """Base and adapter on the final rows; nothing where there are none."""
+    """The base and the adapter `name` on the final rows; nothing where there are none."""
 
-    def __init__(self, judged: dict[str | None, Judged], metric: str) -> None:
-        self.base, self.adapter = judged.get(None), judged.get("adapter")
+    def __init__(self, scored: Mapping[str | None, Scored], name: str, metric: str) -> None:
+        self.base, self.adapter = scored.get(None), scored.get(name)
         self.comparison: Comparison | None = None
         if self.base is not None and self.adapter is not None:
             self.comparison = compare(self.adapter.rows, self.base.rows, metric)
 
     def result(self) -> dict[str, Any]:
         """Scores and intervals by the names they have in `train --json`."""
-        told: dict[str, Any] = {}
-        for name, judged in (("heldout", self.adapter), ("heldout_base", self.base)):
-            told[name] = {} if judged is None else judged.scores
-            intervals = {} if judged is None else judged.intervals
-            told[f"{name}_intervals"] = {m: None if found is None else list(found) for m, found in intervals.items()}
-        told["final_rows"] = 0 if self.adapter is None else len(self.adapter.rows)
-        return told | {"comparison": None if self.comparison is None else self.comparison.to_dict()}
+        result: dict[str, Any] = {}
+        for name, scored in (("heldout", self.adapter), ("heldout_base", self.base)):
+            result[name] = {} if scored is None else scored.scores
+            intervals = {} if scored is None else scored.intervals
+            result[f"{name}_intervals"] = {m: None if found is None else list(found) for m, found in intervals.items()}
+        result["final_rows"] = 0 if self.adapter is None else len(self.adapter.rows)
+        return result | {"comparison": None if self.comparison is None else self.comparison.to_dict()}
 
     def confusion(self) -> dict[str, Any]:
         tables = {"base": self.base and self.base.confusion, "adapter": self.adapter and self.adapter.confusion}
@@ -60,36 +63,53 @@ class Final:
 
 
 def final_lines(final: Final, items: Items, rows: Rows, encoder: Encoder) -> str:
-    """final.jsonl: each final row with its answer, and what adapter and base made of it."""
-    if final.adapter is None or final.base is None:
+    """final.jsonl: each final row with its answer, and what adapter and base (where it was scored) made of it."""
+    if final.adapter is None:
         return ""
-    own, base = final.adapter.rows, final.base.rows
+    own = final.adapter.rows
+    both = {"": own} if final.base is None else {"": own, "base_": final.base.rows}
     first: dict[int, Choices | Example] = {}
     for sample, item in zip(items.samples, items.items, strict=True):
         first.setdefault(sample, item)
-    places = {row.number: row for row in rows}
+    numbered = {row.number: row for row in rows}
     lines = []
     for n, sample in enumerate(own.samples.tolist()):
-        row = places[sample]
-        told: dict[str, Any] = {"where": row.where, **_words(first[sample], encoder)}
-        if own.right is not None and own.said is not None and base.said is not None:
-            told["label"] = own.labels[own.right[n]]
-            for name, judged in (("", own), ("base_", base)):
-                assert judged.said is not None and judged.probabilities is not None
-                told[f"{name}said"] = own.labels[judged.said[n]]
-                told[f"{name}probabilities"] = dict(zip(own.labels, judged.probabilities[n].tolist(), strict=True))
-        else:
-            told |= {f"{name}loss": float(j.nats[n] / max(j.tokens[n], 1)) for name, j in (("", own), ("base_", base))}
-            told |= {f"{name}exact": bool(j.exact[n]) for name, j in (("", own), ("base_", base))}
-        lines.append(json.dumps(finite(told), ensure_ascii=False) + "\n")
+        line: dict[str, Any] = {"where": numbered[sample].where, **_words(first[sample], encoder)}
+        line |= _labels(n, both) if own.right is not None else _losses(n, both)
+        lines.append(json.dumps(finite(line), ensure_ascii=False) + "\n")
     return "".join(lines)
+
+
+def _labels(n: int, both: Mapping[str, RowScores]) -> dict[str, Any]:
+    """The label of row n, and those that adapter and base chose, with all probabilities."""
+    own = both[""]
+    assert own.right is not None
+    line: dict[str, Any] = {"label": own.labels[own.right[n]]}
+    for name, scored in both.items():
+        assert scored.predicted is not None and scored.probabilities is not None
+        line[f"{name}said"] = own.labels[scored.predicted[n]]
+        line[f"{name}probabilities"] = dict(zip(own.labels, scored.probabilities[n].tolist(), strict=True))
+    return line
+
+
+def _losses(n: int, both: Mapping[str, RowScores]) -> dict[str, Any]:
+    """Of row n, the losses (a token) of adapter and base, and their numbers or whether their answers are exact."""
+    line: dict[str, Any] = {f"{name}loss": float(own.nats[n] / max(own.tokens[n], 1)) for name, own in both.items()}
+    for name, own in both.items():
+        if isinstance(own, NumberScores):
+            line[f"{name}number"] = float(own.said[n])
+        else:
+            line[f"{name}exact"] = bool(own.exact[n])
+    return line
 
 
 def _words(item: Choices | Example, encoder: Encoder) -> dict[str, str]:
     """What the model read before the answer, and the answer."""
+    if isinstance(item, Targeted) and isinstance(encoder, HeadEncoder):
+        return {"prompt": _decoded(encoder, item.ids), "answer": encoder.answer(item)}
     if isinstance(item, Example):
-        head = item.learned.index(True)
-        prompt, answer = item.ids[:head], [i for i, learned in zip(item.ids, item.learned, strict=True) if learned]
+        head = item.loss_mask.index(True)
+        prompt, answer = item.ids[:head], [i for i, bears in zip(item.ids, item.loss_mask, strict=True) if bears]
     else:
         prompt, answer = item.prompt, next(ids for label, ids in item.words if label == item.label)
     return {"prompt": _decoded(encoder, prompt), "answer": _decoded(encoder, answer).strip()}
@@ -97,12 +117,3 @@ def _words(item: Choices | Example, encoder: Encoder) -> dict[str, str]:
 
 def _decoded(encoder: Encoder, ids: Sequence[int]) -> str:
     return encoder.tokenizer.decode(list(ids), skip_special_tokens=True)
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for numbers that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

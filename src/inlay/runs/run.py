@@ -1,122 +1,201 @@
-"""A whole training run: base and data in, a folder with an adapter, its measures and its story out."""
+"""A whole training run: base and data in, a folder with adapters and a record of the run out."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import inlay
-from inlay.bases.load import load_base
-from inlay.errors import UsageError
+from inlay.bank.bank import Bank, attach
+from inlay.bases.adapters import adapter_folder
+from inlay.bases.load import Base, load_base
+from inlay.data.prompting import Prompting, prompting_of
+from inlay.errors import InlayError, UsageError
 from inlay.evaluation.score import metrics_of
-from inlay.formats.carried import Carried, carried
-from inlay.formats.folders import adapter_folder
-from inlay.runtime.memory import Room, bound_kernels, parse_size, peak_memory_mb
-from inlay.training.loop import enter
+from inlay.files import finite, write_json
+from inlay.runtime.memory import TokenBudget, bound_kernels, parse_size, peak_memory_mb
 from inlay.training.plan import Plan
 
+from .context import Context, OnMessage
+from .dataset import Dataset, load_dataset
+from .estimate import estimate_mb
+from .finish import finish
 from .folder import RunFolder
 from .libraries import check_libraries
-from .material import Material, gather
-from .resuming import check_same, start_of
+from .record import Record
+from .resuming import Start, check_same, start_of
+from .session import OnStep, Select, Session
 from .settings import Settings, make_method, plan_of
+from .tasking import head_of, task_notices, with_task
 from .trackers import Tracker
-from .work import OnStep, Say, Work
 
 __all__ = ["Settings", "make_method", "peak_memory_mb", "run"]
 
+NAME = "adapter"
+"""Of the learner in a run of one."""
 PATIENT = 2.0
-"""Seconds after which people hear how far the rows are, and between two such words."""
+"""Seconds after which the progress of preparing rows is reported, and between two reports."""
 
 OnProgress = Callable[[int, int], None]
 
 
 def run(
-    settings: Settings, on_step: OnStep | None = None, say: Say | None = None, on_progress: OnProgress | None = None
-) -> dict[str, Any]:
-    """Train one adapter and return what `train --json` prints; the folder `settings.out` holds the rest.
+    settings: Settings, on_step: OnStep | None = None, on_message: OnMessage | None = None,
+    on_progress: OnProgress | None = None, plans: Sequence[Plan] | None = None, select: Select | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train one adapter, or one for each of `plans`, and return what `train --json` prints; the rest is in the folder
+    `settings.out` (`RunFolder`).
 
-    `say` (stderr where it is None) hears what people should know; `on_progress` how many rows are prepared, and of how
-    many, after each few thousand (`say` hears of it now and then where it is None). Raises: UsageError, DataError or
-    FormatError before any training where the settings, the data or the base are wrong, and then leaves no folder;
-    InlayError where the disk is full; KeyboardInterrupt where the run was asked to stop, when everything that `resume`
-    needs is on the disk.
+    `plans` train together on the same rows in place of the settings' method and course; `select` says which of them
+    stop and start between steps. `on_step` sees each learner after each of its steps, `on_message` (stderr where it is
+    None) gets lines for people, `on_progress` the rows prepared and of how many (`on_message` now and then where it is
+    None). Raises: UsageError, DataError or FormatError before any training where settings, data or base are wrong, and
+    then leaves no folder; InlayError where the disk is full; KeyboardInterrupt where the run was asked to stop, when
+    everything that `resume` needs is on the disk.
     """
-    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-    progress = on_progress or _Slow(say)
+    on_message = on_message or (lambda line: print(line, file=sys.stderr, flush=True))
     folder = RunFolder(settings.out)
-    start = start_of(settings, folder)
+    start = start_of(settings, plans, folder)
     if start.over:
-        say(f"{folder.path} holds a finished run: there is nothing to go on with")
-        return start.told.get("result") or {}
-    source = None if settings.init_from is None else adapter_folder(settings.init_from)
-    reading = carried([source]) if source is not None else None
-    settings, given = _as_trained(settings, reading), settings
-    plan = plan_of(settings, make_method(settings.method, settings.set)) if source is None else None
-    check_libraries(settings)
-    limit = parse_size(settings.memory_limit)
-    material = gather(settings, reading.template if reading else None, progress)
-    metric = _metric(settings, material)
-    check_same(start, given, material, folder)
-    bound_kernels()  # loading measures, and the first products of a process settle it
-    base = load_base(settings.base, start.dtype(settings), settings.device, settings.quantize)
-    bank = inlay.attach(base.model)
-    plan = _plan(settings, plan, base.tokenizer, bank, source)
-    for line in material.notices:  # once nothing can be wrong with the call any more
-        say(line)
-    room = Room(settings.tokens_at_once, limit, next(base.model.parameters()).device, told=say)
-    work = Work(given, settings, material, base, bank, folder, metric, say, room, progress, plan)
-    contender = enter(bank, [plan], len(work.prepared.examples), bank.adapters)[0]
-    with folder.claimed(lambda: work.begun):
-        tracker = Tracker(settings.track, folder.path / "track", dataclasses.asdict(given))
+        on_message(f"{folder.path} holds a finished run: there is nothing to go on with")
+        return start.record.get("result") or {}
+    context = _context(settings, plans, folder, start, on_message, on_progress or _Slow(on_message))
+    session: Session | None = None
+    with folder.claimed(lambda: session is not None and session.begun):
+        tracker = Tracker(settings.track, folder.path / "track", dataclasses.asdict(settings))
         try:
-            return work.done(contender, tracker, on_step, start)
+            session = Session(context, tracker, select)
+            return _trained(context, session, start, on_step)
         finally:
             tracker.close()
 
 
-def _as_trained(settings: Settings, reading: Carried | None) -> Settings:
-    """Virtual tokens stand where the adapter that is gone on from had them, where nobody says another place."""
-    if reading is None or settings.virtual_tokens_at != "start":
-        return settings
-    return dataclasses.replace(settings, virtual_tokens_at=reading.place)
+def _context(
+    given: Settings, plans: Sequence[Plan] | None, folder: RunFolder, start: Start, on_message: OnMessage,
+    on_progress: OnProgress,
+) -> Context:  # fmt: skip
+    """Check all that needs no base, then load data and base."""
+    source = None if given.init_from is None else adapter_folder(given.init_from)
+    prompting = prompting_of([source]) if source is not None else None
+    settings, why = with_task(_as_trained(given, prompting), prompting)
+    folder.several = plans is not None and len(plans) > 1
+    listed, plans = plans, _plans(settings, plans, source)
+    check_libraries(settings, [plan.optimizer for plan in plans] or [settings.optimizer])
+    limit = parse_size(settings.memory_limit)
+    dataset = load_dataset(settings, prompting.template if prompting else None, on_progress)
+    metric = _metric(settings, dataset)
+    check_same(start, given, listed, dataset, folder)
+    bound_kernels(len({repr(plan.method) for plan in plans}) or 1)  # before the first products of the process
+    head = head_of(dataset.template)
+    base = load_base(settings.base, start.dtype(settings), settings.device, settings.quantize, head)
+    bank = attach(base.model)
+    plans = _for_base(settings, plans, source, base, bank)
+    dataset = dataclasses.replace(dataset, notices=(*why, *dataset.notices, *task_notices(base, dataset)))
+    for line in dataset.notices:  # once nothing can be wrong with the call any more
+        on_message(line)
+    device = next(base.model.parameters()).device
+    budget = TokenBudget(settings.tokens_at_once, limit, device, on_message=on_message)
+    return Context(
+        given, settings, plans, dataset, base, bank, folder, metric, budget, on_message, on_progress, listed or ()
+    )  # fmt: skip
 
 
-def _plan(settings: Settings, plan: Plan | None, tokenizer: Any, bank: inlay.Bank, source: Path | None) -> Plan:
-    """The plan with a method that knows the base; that of a saved adapter, which then is in the bank, where it begins.
+def _for_base(settings: Settings, plans: list[Plan], source: Path | None, base: Base, bank: Bank) -> list[Plan]:
+    """The plans with methods that know the base; that of a saved adapter, which then is in the bank, where it begins.
 
-    Raises: UsageError where the method finds nothing to act on; FormatError where the adapter is of another base.
+    Raises: UsageError where a method finds nothing to act on; FormatError where the adapter is of another base.
     """
     if source is not None:
-        return plan_of(settings, bank.load("adapter", source).method)
-    assert plan is not None
-    plan = dataclasses.replace(plan, method=plan.method.prepared(tokenizer))
-    plan.method.check_fit(plan.method.sites(bank.base))
-    return plan
+        return [plan_of(settings, bank.load(NAME, source).method, NAME)]
+    plans = [dataclasses.replace(plan, method=plan.method.with_tokenizer(base.tokenizer)) for plan in plans]
+    for plan in plans:
+        plan.method.check_fit(plan.method.sites(bank.base))
+    return plans
 
 
-def _metric(settings: Settings, material: Material) -> str:
-    there = metrics_of(material.template.kind)
-    if settings.metric is not None and settings.metric not in there:
-        raise UsageError(
-            f"{material.template.kind} rows have no metric {settings.metric!r}", f"Use {', '.join(there)}."
+def _plans(settings: Settings, plans: Sequence[Plan] | None, source: Path | None) -> list[Plan]:
+    """The plans that are given, or the settings' one; none yet where an adapter in `source` will make it.
+
+    Raises: UsageError.
+    """
+    if plans is None:
+        method = None if source is not None else make_method(settings.method, settings.set)
+        return [] if method is None else [plan_of(settings, method, NAME)]
+    if source is not None:
+        raise UsageError("--from makes a plan, and plans are given", "Leave one of them out.")
+    names = [plan.name for plan in plans]
+    for name in names:
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UsageError(f"{name!r} cannot name a folder", "Use letters, digits, and . _ + - inside.")
+        if names.count(name) > 1:
+            raise UsageError(f"two learners are called {name!r}", "Give each a name of its own.")
+    if not plans:
+        raise UsageError("there is no learner", "Give one plan at least.")
+    return list(plans)
+
+
+def _trained(context: Context, session: Session, start: Start, on_step: OnStep | None) -> dict[str, Any]:
+    """Train to the end and finish. Raises: as `run`."""
+    folder = context.folder
+    if not (context.settings.resume and session.resume(start.extends)):
+        if start.extends:
+            raise UsageError(f"{folder.path} holds no checkpoint to go on from", "Train into another folder.")
+        if context.settings.resume:
+            context.on_message(f"{folder.path} holds no whole checkpoint: starting afresh")
+        session.start()
+    estimate = estimate_mb(context.bank, session.learners, context.prepared.examples, context.budget, context.task)
+    _check_limit(context.budget, estimate["least_mb"])
+    context.on_message(f"about {estimate['estimate_mb']:,.0f} MB of memory will be needed")
+    record = Record(context, session, estimate)
+    with folder.must_write("nothing is trained yet"):
+        write_json(folder.record, finite(record.run_record("running")))
+    session.train(on_step)
+    files = session.checkpoints.files()
+    with folder.must_write(f"the checkpoint {files[-1].name} is kept" if files else "no checkpoint could be kept"):
+        if not session.interrupted:
+            return finish(context, session, record)
+        for name, own in session.progress.items():
+            with own.learner.averaged_weights():
+                context.save(name, folder.last(name))
+        write_json(folder.record, finite(record.run_record("interrupted")))
+    raise KeyboardInterrupt(f"stopped after step {session.step}; --resume goes on from there")
+
+
+def _check_limit(budget: TokenBudget, least_mb: float) -> None:
+    if budget.limit_mb is not None and least_mb > budget.limit_mb:
+        raise InlayError(
+            f"the base and one row take about {least_mb:.0f} MB, the limit is {budget.limit_mb:.0f} MB",
+            "Use --dtype bfloat16, a lower --max-length, or a higher --memory-limit.",
         )
-    if settings.patience is not None and not len(material.choosing):
+
+
+def _as_trained(settings: Settings, prompting: Prompting | None) -> Settings:
+    """With the virtual tokens where the adapter of --from had them, unless the settings name another place."""
+    if prompting is None or settings.virtual_tokens_at != "start":
+        return settings
+    return dataclasses.replace(settings, virtual_tokens_at=prompting.virtual_at)
+
+
+def _metric(settings: Settings, dataset: Dataset) -> str:
+    there = metrics_of(dataset.template.kind)
+    if settings.metric is not None and settings.metric not in there:
+        raise UsageError(f"{dataset.template.kind} rows have no metric {settings.metric!r}", f"Use {', '.join(there)}.")
+    if settings.patience is not None and not len(dataset.choosing):
         raise UsageError("patience needs held-out rows to choose by", "Hold out a share of the rows, or name a file.")
     return settings.metric or there[0]
 
 
 class _Slow:
-    """Says now and then how many rows are ready, if that takes long."""
+    """Reports now and then how many rows are ready, if that takes long."""
 
-    def __init__(self, say: Say) -> None:
-        self._say, self._next = say, time.monotonic() + PATIENT
+    def __init__(self, on_message: OnMessage) -> None:
+        self._on_message, self._next = on_message, time.monotonic() + PATIENT
 
     def __call__(self, done: int, total: int) -> None:
         if time.monotonic() > self._next:
             self._next = time.monotonic() + PATIENT
-            self._say(f"preparing rows: {done:,} of {total:,}")
+            self._on_message(f"preparing rows: {done:,} of {total:,}")

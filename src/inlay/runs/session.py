@@ -1,216 +1,278 @@
-"""A run under way: contenders with their held-out scores, what is written while they train, and going on with it."""
+"""A run's learners in training: steps, scores, checkpoints, and resuming."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from inlay.bank.bank import Bank
-from inlay.data.encode import Example
-from inlay.errors import FormatError
-from inlay.evaluation.score import Items, score
-from inlay.runtime.memory import Room, current_memory_mb, peak_memory_mb
-from inlay.training.contender import Contender
-from inlay.training.loop import go_on
+from inlay.errors import FormatError, UsageError
+from inlay.evaluation.score import score
+from inlay.runtime.memory import current_memory_mb, peak_memory_mb
+from inlay.training.learner import Learner
+from inlay.training.loop import add_learners, train_steps
+from inlay.training.plan import Plan
 
+from .best import BestCheckpoint
 from .checkpoint import Checkpoints
-from .folder import RunFolder
-from .journal import Journal
+from .context import Context
+from .metrics_log import MetricsLog
 from .peaks import Peaks
+from .progress import Progress
 from .signals import Asked, asked_to_stop
 from .trackers import Tracker
-from .watch import Watch
 
-__all__ = ["Session"]
+__all__ = ["OnStep", "Select", "Selection", "Session"]
 
+EVALUATIONS = 4
+"""Scorings of a learner where nobody says how often; they take about a tenth of its time."""
 SECONDS = 300.0
 """Between two checkpoints, where nobody says how many steps."""
+VERSION = 2
+"""Of a checkpoint's content."""
 
-OnStep = Callable[[Contender, int], None]
+OnStep = Callable[[Learner, int], None]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Learners to `stop`, by name with the reason, and names of waiting plans to `start`."""
+
+    stop: Mapping[str, str] = field(default_factory=dict)
+    start: Sequence[str] = ()
+
+
+Select = Callable[[Sequence[Progress], Sequence[Plan]], Selection]
+"""From the learners so far and the plans that wait, who stops and who starts. It is called before the first step and
+after each one, and must depend on nothing else, so that a resumed run chooses as before."""
 
 
 class Session:
-    """One contender, what is known of it, and its folder.
+    """The learners of a run, from its first step or its last checkpoint to the end.
 
-    `seen` are the rows that it is scored on while it trains, every `eval_every` steps; they choose the best. `kept`
-    writes an adapter to a folder.
+    `step` counts the steps of the run. All plans start at once, unless `select` says otherwise.
     """
 
-    def __init__(
-        self, bank: Bank, contender: Contender, watch: Watch, examples: Sequence[Example], seen: Items,
-        room: Room, folder: RunFolder, kept: Callable[[Path], None], eval_every: int,
-        checkpoint_every: int | None, keep: int, say: Callable[[str], None], tracker: Tracker, start: float,
-    ) -> None:  # fmt: skip
-        self.bank, self.contender, self.watch = bank, contender, watch
-        self.examples, self.seen, self.room, self.folder = examples, seen, room, folder
-        self._kept, self.eval_every, self.checkpoint_every = kept, eval_every, checkpoint_every
-        self.checkpoints = Checkpoints(folder.checkpoints, keep)
-        self.say, self.tracker = say, tracker
+    def __init__(self, context: Context, tracker: Tracker, select: Select | None = None) -> None:
+        self.context, self.tracker, self._select = context, tracker, select
+        self.learners: list[Learner] = []
+        self.progress: dict[str, Progress] = {}
+        self.step = 0
         self.notices: list[str] = []
-        self.interrupted = False
-        self.begun = False
-        self.peaks = Peaks(room.device)
-        self._journal: Journal | None = None
-        self._before, self._losses, self._tokens = 0.0, [0.0, 0.0], 0
-        self._since = time.perf_counter()
-        self._start, self.evaluating = start, 0.0
+        self.interrupted = self.begun = False
+        self.checkpoints = Checkpoints(context.folder.checkpoints, context.settings.keep_checkpoints)
+        self.peaks = Peaks(context.budget.device)
+        self.evaluating = 0.0
+        self._log: MetricsLog | None = None
+        self._before, self._since = 0.0, time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """From the rows to the last step, scoring left out; of earlier processes, what their checkpoints tell."""
-        return self._before + time.perf_counter() - self._start - self.evaluating
+        """From the rows to the last step, scoring left out; of earlier processes, what their checkpoints hold."""
+        return self._before + time.perf_counter() - self.context.begun - self.evaluating
 
-    # ---- going on
+    @property
+    def live(self) -> bool:
+        return any(learner.live for learner in self.learners)
 
-    def resume(self, fingerprint: str, extend: bool = False) -> bool:
-        """Take up the newest whole checkpoint, to `extend` a run that has ended; False where there is none.
+    # ---- learners
 
-        Raises: FormatError.
+    def start(self) -> None:
+        """Add the first learners. Raises: UsageError where a method cannot be trained."""
+        names = list(self.context.plans) if self._select is None else self._select([], self._waiting()).start
+        if not names:
+            raise UsageError("no learner starts", "Select one plan at least.")
+        self._add(names)
+
+    def _add(self, names: Sequence[str]) -> None:
+        context = self.context
+        plans = [context.plans[name] for name in names]
+        added = add_learners(context.bank, plans, len(context.prepared.examples), context.bank.adapters, context.task)
+        self.learners += added
+        self.progress |= {learner.plan.name: self._progress(learner) for learner in added}
+
+    def _progress(self, learner: Learner) -> Progress:
+        settings, rows = self.context.settings, self.context.choosing
+        every = settings.eval_every or max(1, learner.total // EVALUATIONS)
+        if settings.eval_every is None:  # scoring the rows costs a forward each time
+            rows = rows.first(max(32, learner.total * learner.plan.batch_size // 20))
+        return Progress(learner, BestCheckpoint(self.context.metric, settings.patience), rows, every)
+
+    def _waiting(self) -> list[Plan]:
+        return [plan for name, plan in self.context.plans.items() if name not in self.progress]
+
+    def _choose(self) -> None:
+        """Stop and start learners as `select` says."""
+        if self._select is None:
+            return
+        chosen = self._select([*self.progress.values()], self._waiting())
+        for name, why in chosen.stop.items():
+            if self.progress[name].learner.live:
+                self.progress[name].learner.stop(why)
+                self.context.on_message(self.context.named(why, name))
+        if chosen.start:
+            self._add(chosen.start)
+
+    # ---- resuming
+
+    def resume(self, extend: bool = False) -> bool:
+        """Restore the newest whole checkpoint, to `extend` a run that has ended; False where there is none.
+
+        Raises: FormatError where it is of another base, of other learners, or of an earlier version.
         """
-        state = self.checkpoints.newest(self.say)
+        on_message = self.context.on_message
+        state = self.checkpoints.newest(on_message)
         if state is None:
             return False
-        if state["base"] != fingerprint:
+        if state.get("version") != VERSION:
+            raise FormatError("the checkpoint was written by another version", "Train into another folder.")
+        if state["base"] != self.context.bank.fingerprint:
             raise FormatError("the base is another one than before", "Name the same base, or start afresh.")
+        if unknown := [name for name in state["learners"] if name not in self.context.plans]:
+            raise FormatError(f"the checkpoint holds the learner {unknown[0]!r}", "Give its plan, or start afresh.")
         if state["threads"] != torch.get_num_threads():
-            self.say(f"going on with {state['threads']} threads, as before")
+            on_message(f"going on with {state['threads']} threads, as before")
             torch.set_num_threads(state["threads"])
-        self.contender.restore(state["contender"])
-        if extend:
-            self.contender.extend()
-        self.watch.restore(state["watch"])
-        self.room.tokens, self.room.backed_off = state["tokens_at_once"], state["backed_off"]
-        self.notices, self._before, self._losses = state["notices"], state["seconds"], state["losses"]
+        self._add([*state["learners"]])
+        for name, own in state["learners"].items():
+            self.progress[name].restore(own)
+            learner = self.progress[name].learner
+            if extend and not learner.diverged and learner.step < learner.total:
+                learner.extend()
+        self.context.budget.tokens, self.context.budget.backed_off = state["tokens_at_once"], state["backed_off"]
+        self.step, self.notices, self._before = state["step"], state["notices"], state["seconds"]
         torch.set_rng_state(state["random"])
-        self._journal = Journal(self.folder.metrics, state["journal"])
-        self.say(f"going on after step {self.contender.step}")
+        self._log = MetricsLog(self.context.folder.metrics, state["metrics_log"])
+        on_message(f"going on after step {self.step}")
         return True
 
-    def state(self, journal: int, fingerprint: str) -> dict[str, Any]:
+    def _state(self, metrics_log: int) -> dict[str, Any]:
+        budget = self.context.budget
         return {
-            "base": fingerprint,
+            "version": VERSION,
+            "base": self.context.bank.fingerprint,
             "threads": torch.get_num_threads(),
-            "contender": self.contender.state(),
-            "watch": self.watch.state(),
-            "tokens_at_once": self.room.tokens,
-            "backed_off": self.room.backed_off,
+            "learners": {name: own.state() for name, own in self.progress.items()},
+            "step": self.step,
+            "tokens_at_once": budget.tokens,
+            "backed_off": budget.backed_off,
             "notices": self.notices,
             "seconds": self.seconds,
-            "losses": self._losses,
             "random": torch.get_rng_state(),
-            "journal": journal,
+            "metrics_log": metrics_log,
         }
 
     # ---- training
 
-    def go(self, on_step: OnStep | None = None, recompute: bool = False) -> None:
-        """Train until the contender stops or somebody asks to; `interrupted` says which."""
-        if self._journal is None:
-            self._journal = Journal(self.folder.metrics)
-        self._tokens = self.contender.tokens
+    def train(self, on_step: OnStep | None = None) -> None:
+        """Train until no learner is live or somebody asks the run to stop; `interrupted` says which.
+
+        `on_step` sees each learner after each of its steps, with its total of steps.
+        """
+        context = self.context
+        self._log = self._log or MetricsLog(context.folder.metrics)
         self.peaks.note("loading")
+        examples, recompute = context.prepared.examples, context.settings.gradient_checkpointing
+        steps = train_steps(context.bank, self.learners, examples, context.budget, recompute, context.task)
         try:
-            with asked_to_stop() as asked:
-                if self.contender.live:
-                    go_on(
-                        self.bank, [self.contender], self.examples, self.room, self._stepped(asked, on_step), recompute
-                    )
-        except _Enough:
-            self.interrupted = True
+            with asked_to_stop() as asked, closing(steps):
+                for stepped in steps:
+                    self._after(stepped, on_step)
+                    if not self.live or self._due(asked):
+                        self._keep()
+                    if asked.yes and self.live:
+                        self.interrupted = True
+                        break
         finally:
-            self._journal.close()
+            self._log.close()
 
-    def _stepped(self, asked: Asked, on_step: OnStep | None) -> Callable[[list[Contender]], None]:
-        def after(contenders: list[Contender]) -> None:
-            contender = self.contender
-            self.begun = True
-            self._measure()
-            if on_step is not None:
-                on_step(contender, contender.total)
-            if contender.live and self._due(asked):
-                self.keep()
-            if asked.yes and contender.live:
-                raise _Enough
-            if not contender.live:
-                self.keep()
+    def _after(self, stepped: Sequence[Learner], on_step: OnStep | None) -> None:
+        self.begun = True
+        self._log_steps([self.progress[learner.plan.name] for learner in stepped])
+        if on_step is not None:
+            for learner in stepped:
+                on_step(learner, learner.total)
+        self._choose()
 
-        return after
-
-    def _measure(self) -> None:
-        contender, device = self.contender, self.room.device
-        if contender.diverged:
+    def _log_steps(self, stepped: Sequence[Progress]) -> None:
+        """Log the step of each learner that took it, and score those whose turn it is."""
+        seconds = self.seconds
+        tokens = {own.name: own.advance(seconds) for own in stepped}
+        if not any(tokens.values()):
             return
-        self.peaks.note("steps", contender.tokens - self._tokens)
-        self._tokens = contender.tokens
-        self._losses = [self._losses[0] + contender.loss, self._losses[1] + 1]
-        line: dict[str, Any] = {"step": contender.step, "loss": contender.loss, "tokens": contender.tokens}
-        line |= {"norm": contender.norm, "lr": contender.rate, "seconds": self.seconds}
+        self.step += 1
+        self.peaks.note("steps", sum(tokens.values()))
+        for own in stepped:
+            if not own.learner.diverged:
+                line = self._line(own)
+                assert self._log is not None
+                self._log.add(line)
+                self.tracker.add(self.step, line, f"{own.name}/" if self.context.several else "")
+
+    def _line(self, own: Progress) -> dict[str, Any]:
+        """A line of metrics.jsonl."""
+        learner, device = own.learner, self.context.budget.device
+        line: dict[str, Any] = {"learner": own.name, "step": learner.step, "loss": learner.loss}
+        line |= {"tokens": learner.tokens, "norm": learner.norm, "lr": learner.rate, "seconds": own.seconds}
         line |= {"memory_mb": current_memory_mb(), "peak_memory_mb": peak_memory_mb()}
         if device.type == "cuda":
             line |= {"gpu_memory_mb": current_memory_mb(device)}
             line |= {"peak_gpu_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20}
-        if self.seen and (contender.step % self.eval_every == 0 or not contender.live):
-            line["heldout"] = self._evaluate()
-        assert self._journal is not None
-        self._journal.add(line)
-        self.tracker.add(line)
+        return line | ({"heldout": self._evaluate(own)} if own.score_due else {})
 
-    def _evaluate(self) -> dict[str, float]:
-        contender, watch, begun = self.contender, self.watch, time.perf_counter()
-        with contender.averaged():
-            name = contender.plan.name
-            judged = score(self.bank, self.seen, [name], self.room)[name]
-            mean = self._losses[0] / max(self._losses[1], 1)
-            if watch.note(contender.step, mean, judged, contender.values()):
-                self._keep_best()
-        if not contender.live and not math.isfinite(judged.scores["loss"]):
-            contender.diverge("the held-out loss is no number", contender.step)
-        self._losses = [0.0, 0.0]
+    def _evaluate(self, own: Progress) -> dict[str, float]:
+        """Score a learner on its held-out rows, keep it if it is the best so far, and stop it early if it is not."""
+        learner, best, begun = own.learner, own.best, time.perf_counter()
+        with learner.averaged_weights():
+            scored = score(self.context.bank, own.rows, [own.name], self.context.budget)[own.name]
+            if best.note(learner.step, own.mean_loss(), scored, learner.weights()):
+                self._keep_best(own)
+        if not learner.live and not math.isfinite(scored.scores["loss"]):
+            learner.diverge("the held-out loss is no number", learner.step)
         self.evaluating += time.perf_counter() - begun
         self.peaks.note("scoring")
-        if advice := watch.overfitting():
+        if advice := best.overfitting():
+            advice = self.context.named(advice, own.name)
             self.notices.append(advice)
-            self.say(advice)
-        if watch.stale and contender.live:
-            contender.stopped = "stopped early"
-            self.say(f"stopped early: {watch.metric} has not been better since step {watch.best_step}")
-        return judged.scores
+            self.context.on_message(advice)
+        if best.out_of_patience and learner.live:
+            learner.stop("stopped early")
+            why = f"stopped early: {best.metric} has not been better since step {best.best_step}"
+            self.context.on_message(self.context.named(why, own.name))
+        return scored.scores
 
     # ---- checkpoints
 
-    def _keep_best(self) -> None:
-        """Write the adapter that is the best so far; where the disk has no room, the checkpoints still hold it."""
+    def _keep_best(self, own: Progress) -> None:
+        """Write the adapter as its best so far; where the disk is full, the checkpoints still hold it."""
         try:
-            self._kept(self.folder.adapter)
+            self.context.save(own.name, self.context.folder.best(own.name))
         except OSError as error:
-            self.say(f"the best adapter is not written yet ({error.strerror or error}); training goes on")
+            why = f"the best adapter is not written yet ({error.strerror or error}); training goes on"
+            self.context.on_message(self.context.named(why, own.name))
 
     def _due(self, asked: Asked) -> bool:
         if asked.yes:
             return True
-        if self.checkpoint_every is not None:
-            return self.contender.step % self.checkpoint_every == 0
+        if (every := self.context.settings.checkpoint_every) is not None:
+            return self.step % every == 0
         return time.perf_counter() - self._since > SECONDS
 
-    def keep(self) -> None:
-        """Write a checkpoint; where the disk has no room for it, the one before stays and training goes on."""
-        assert self._journal is not None
+    def _keep(self) -> None:
+        """Write a checkpoint; where the disk is full, the one before stays and training goes on."""
+        assert self._log is not None
         self._since = time.perf_counter()
         try:
-            size = self._journal.kept()
-            self.checkpoints.write(self.contender.step, self.state(size, self.bank.fingerprint))
+            self.checkpoints.write(self.step, self._state(self._log.flush()))
         except OSError as error:
             stays = "the one before stays" if self.checkpoints.files() else "there is none yet"
-            self.say(f"no checkpoint at step {self.contender.step} ({error.strerror or error}); {stays}")
+            self.context.on_message(f"no checkpoint at step {self.step} ({error.strerror or error}); {stays}")
             return
-        if not len(self.seen):
-            self._keep_best()
-
-
-class _Enough(Exception):
-    """Somebody asked to stop."""
+        for own in self.progress.values():
+            if not len(own.rows):
+                self._keep_best(own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from annotated_types import Ge
 
 from inlay.bases.choices import DTYPES, QUANTIZATIONS
 from inlay.data.places import PLACES
+from inlay.data.tasks import TASKS
 from inlay.errors import UsageError
 from inlay.methods.table import METHODS
 from inlay.runtime.sizes import size_mb
@@ -23,9 +25,11 @@ from inlay.values import Count, From, Help, OneOf, fields_of
 if TYPE_CHECKING:
     from inlay.methods.contract import Method
 
-__all__ = ["COURSE", "PANELS", "Settings", "differences", "make_method", "plan_of"]
+__all__ = ["COURSE", "PANELS", "Settings", "differences", "make_method", "plan_of", "plan_record"]
 
 DATA, MODEL, BEST, SAFE = "Data", "Method and base", "Best adapter", "Memory and safety"
+USUAL = "lora"
+"""The method where none is named."""
 PANELS = ("", DATA, MODEL, COURSE, BEST, SAFE)
 """The headings of `--help`, in their order."""
 
@@ -67,7 +71,7 @@ def as_pairs(value: Any) -> Any:
 
 def as_columns(value: Any) -> Any:
     """`text=NAME,label=NAME` as a mapping; a comma that no kind of column follows belongs to the name."""
-    from inlay.data.template import Columns
+    from inlay.data.choose import Columns
 
     known = [f.name for f in dataclasses.fields(Columns)]
     if isinstance(value, str):
@@ -182,6 +186,11 @@ Quantize = Annotated[
 MethodName = Annotated[str, OneOf(METHODS, "method"), Help("how the base is adapted; see `inlay methods`", MODEL)]
 TokensAtOnce = Annotated[Count, Help("tokens in one forward; lower saves memory", SAFE)]
 MaxLength = Annotated[Count, Ge(2), Help("tokens in a row; prompts are cut, answers never", DATA)]
+TaskName = Annotated[
+    str | None,
+    OneOf(TASKS, "task"),
+    Help("generate: write the answer; classify, regress, tag: train a head. What fits the base where unset", DATA),
+]
 VirtualTokensAt = Annotated[
     str, OneOf(PLACES, "place"), Help("where virtual tokens stand, for methods that have some", DATA)
 ]
@@ -194,7 +203,7 @@ class Settings(Course):
     data: Paths
     out: Annotated[str, From(as_path), Help("the run's folder")]
     base: Base = "smollm2"
-    method: MethodName = "lora"
+    method: MethodName = USUAL
     set: Set = field(default_factory=dict)
     init_from: Annotated[str | None, Help("an adapter to go on from: its folder, or its run's", MODEL, "--from")] = None
     max_length: MaxLength = 512
@@ -209,6 +218,7 @@ class Settings(Course):
         None
     )
     patience: Annotated[Count | None, Help("stop after so many scorings without a better one", BEST)] = None
+    task: TaskName = None
     template: Template = None
     verbalizer: Verbalizer = None
     columns: Columns = field(default_factory=dict)
@@ -230,7 +240,7 @@ class Settings(Course):
         super().__post_init__()
         if self.heldout == "-" and "-" in self.data:
             raise UsageError("data and heldout are both standard input", "Name a file for one of them.")
-        if self.init_from is not None and (self.set or self.method != "lora"):
+        if self.init_from is not None and (self.set or self.method != USUAL):
             raise UsageError("--from takes method and settings from the adapter", "Leave --method and --set out.")
 
 
@@ -257,10 +267,18 @@ def make_method(name: str, values: Mapping[str, Any]) -> Method:
     return METHODS[name](**values)
 
 
-def plan_of(settings: Settings, method: Method, name: str = "adapter") -> Plan:
-    """The plan that `settings` make for one adapter. Raises: UsageError."""
+def plan_of(settings: Settings, method: Method, name: str) -> Plan:
+    """The plan that `settings` make for the adapter `name`. Raises: UsageError."""
     if settings.virtual_tokens_at != "start" and not method.virtual_length:
         why = "keys of a prefix stand before every token" if method.prefix_length else "it has no virtual tokens"
         raise UsageError(f"{type(method).title} cannot act at {settings.virtual_tokens_at} ({why})", "Use start.")
     course = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Course)}
     return Plan(name, method, **course)
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON: its course, the method's name (its title, for one of no table) and all the method's settings."""
+    kind = type(plan.method)
+    name = next((name for name, known in METHODS.items() if known is kind), kind.title)
+    values = dataclasses.asdict(plan) | {"method": name, "set": dataclasses.asdict(plan.method)}
+    return json.loads(json.dumps(values, default=str))

@@ -14,14 +14,14 @@ __all__ = ["Asked", "asked_to_stop"]
 
 @dataclass
 class Asked:
-    """Whether somebody has asked."""
+    """Whether somebody has asked the run to stop."""
 
     yes: bool = False
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Asked]:
-    """Watch for SIGINT and SIGTERM while inside (in a main thread; elsewhere nothing is watched)."""
+    """BestCheckpoint for SIGINT and SIGTERM while inside (in a main thread; elsewhere nothing is watched)."""
     asked = Asked()
 
     def note(number: int, frame: Any) -> None:

@@ -33,12 +33,13 @@ class Tracker:
             raise InlayError(f"--track {name} needs {error.name}", f"pip install {name}") from None
         self._tracker.store_init_configuration({k: _plain(v) for k, v in config.items()})
 
-    def add(self, line: Mapping[str, Any]) -> None:
+    def add(self, step: int, line: Mapping[str, Any], prefix: str = "") -> None:
+        """Log the numbers of a metrics line at the run's `step`, their names behind `prefix`."""
         if self._tracker is None:
             return
         numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
         numbers |= {f"heldout/{k}": v for k, v in line.get("heldout", {}).items()}
-        self._tracker.log(numbers, step=line["step"])
+        self._tracker.log({f"{prefix}{k}": v for k, v in numbers.items()}, step=step)
 
     def close(self) -> None:
         if self._tracker is not None:

@@ -1,4 +1,4 @@
-"""One forward over segments of many adapters: the logits of each at its own learned tokens."""
+"""One forward over segments of many adapters: the logits that predict the tokens of each one's loss mask."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.bank.bank import Bank
-from inlay.batch.noise import Noise, Shake
+from inlay.batch.noise import NeftuneNoise, Noise
 from inlay.batch.route import RowSpec
 from inlay.data.encode import Example
 from inlay.errors import UsageError
 
-from .memory import Room
+from .memory import TokenBudget
 
-__all__ = ["Segment", "batches", "check_reads", "check_trainable", "scored", "token_losses"]
+__all__ = ["Logits", "Segment", "answer_logits", "batches", "check_reads", "check_trainable", "token_losses"]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """An example, and the adapters it goes through; in training, how its loss and its embeddings are disturbed."""
+    """An example and its route. In training: its label smoothing, NEFTune's alpha and seed, and the adapter's `step`.
+
+    A `step` switches dropout on and names its masks; segments of one forward may be at different steps.
+    """
 
     route: RowSpec
     example: Example
     smoothing: float = 0.0
     neftune: float = 0.0
     seed: int = 0
+    step: int | None = None
 
 
 def check_trainable(bank: Bank) -> None:
@@ -47,28 +51,29 @@ def check_reads(bank: Bank, kind: str) -> None:
         raise UsageError(what, "Give prompt and completion, or text and label, or take a causal base.")
 
 
-def batches(segments: Sequence[Segment], room: Room) -> list[list[Segment]]:
-    """Segments in groups of at most `room.tokens` tokens (one segment at least), in their order."""
+def batches(segments: Sequence[Segment], budget: TokenBudget) -> list[list[Segment]]:
+    """Segments in groups of at most `budget.tokens` tokens (one segment at least), in their order."""
     groups: list[list[Segment]] = []
     left = 0
     for segment in segments:
         size = len(segment.example.ids)
         if not groups or size > left:
             groups.append([])
-            left = room.tokens
+            left = budget.tokens
         groups[-1].append(segment)
         left -= size
     largest = max(groups, key=lambda group: sum(len(s.example.ids) for s in group), default=[])
-    room.largest = sum(len(s.example.ids) for s in largest), max(map(len, groups), default=0)
+    budget.largest = sum(len(s.example.ids) for s in largest), max(map(len, groups), default=0)
     return groups
 
 
-def token_losses(bank: Bank, segments: Sequence[Segment], step: int | None = None) -> list[Tensor]:
-    """For each segment, the negative log-likelihood (nats) of each of its learned tokens but a first one.
+def token_losses(bank: Bank, segments: Sequence[Segment]) -> list[Tensor]:
+    """For each segment, the negative log-likelihoods (n,) in nats of the tokens in its loss mask, a first one left out.
 
-    `step` switches dropout on and names its masks. The base runs packed where it keeps segments apart, padded else.
+    The base runs packed where it keeps segments apart, padded else. Raises: UsageError where some segments have a step
+    and others none.
     """
-    logits, labels, counts = scored(bank, segments, step)
+    logits, labels, counts = answer_logits(bank, segments)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     losses: list[Tensor] = list(F.cross_entropy(wide, labels, reduction="none").split(counts))
     if any(segment.smoothing for segment in segments):
@@ -78,38 +83,47 @@ def token_losses(bank: Bank, segments: Sequence[Segment], step: int | None = Non
     return losses
 
 
-def scored(bank: Bank, segments: Sequence[Segment], step: int | None = None) -> Scored:
-    """The logits that predict each segment's learned tokens; see `token_losses`."""
-    noise = None if step is None else _noise(bank, segments, step)
+def answer_logits(bank: Bank, segments: Sequence[Segment]) -> Logits:
+    """The logits that predict the tokens in each segment's loss mask; see `token_losses`."""
+    noise = _noise(bank, segments)
     if bank.packs:
         return _packed(bank, segments, noise)
     return _encoded(bank, segments, noise) if len(bank.base.stacks) == 2 else _padded(bank, segments, noise)
 
 
-def _noise(bank: Bank, segments: Sequence[Segment], step: int) -> Noise:
-    shakes: list[Shake | None] = []
+def _noise(bank: Bank, segments: Sequence[Segment]) -> Noise | None:
+    """Raises: UsageError where some segments have a step and others none."""
+    steps = [segment.step for segment in segments if segment.step is not None]
+    if not steps:
+        return None
+    if len(steps) != len(segments):
+        raise UsageError("one forward holds segments in training and others", "Run them in forwards of their own.")
+    neftune: list[NeftuneNoise | None] = []
     if any(segment.neftune for segment in segments):
         encoder = len(bank.base.stacks) == 2
         sizes = [max(_read(segment), 1) if encoder else len(segment.example.ids) for segment in segments]
-        shakes = [Shake(s.seed, s.neftune, n) if s.neftune else None for s, n in zip(segments, sizes, strict=True)]
-    return Noise(step, [segment.example.sample for segment in segments], shakes)
+        neftune = [
+            NeftuneNoise(s.seed, s.neftune, size) if s.neftune else None
+            for s, size in zip(segments, sizes, strict=True)
+        ]
+    return Noise(steps, [segment.example.sample for segment in segments], neftune)
 
 
 def _read(segment: Segment) -> int:
-    """The tokens that an encoder reads: those before the first learned one."""
-    return segment.example.learned.index(True)
+    """The tokens that an encoder reads: those before the first one of the loss mask."""
+    return segment.example.loss_mask.index(True)
 
 
-Scored = tuple[Tensor, Tensor, list[int]]
-"""Logits (n, vocabulary) that predict learned tokens, those tokens (n,), and how many belong to each segment."""
+Logits = tuple[Tensor, Tensor, list[int]]
+"""Logits (n, vocabulary) that predict tokens of loss masks, those tokens (n,), and how many belong to each segment."""
 
 
-def _packed(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Scored:
+def _packed(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Logits:
     model: Any = bank.model
     ids = [token for segment in segments for token in segment.example.ids]
     places, labels, counts, start = [], [], [], 0
     for segment in segments:
-        own = [n for n, learned in enumerate(segment.example.learned) if learned and n]
+        own = [n for n, bears_loss in enumerate(segment.example.loss_mask) if bears_loss and n]
         places += [start + n - 1 for n in own]
         labels += [segment.example.ids[n] for n in own]
         counts.append(len(own))
@@ -117,7 +131,7 @@ def _packed(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Sco
     device = model.device
     index = torch.tensor(places, device=device)
     lengths = [(segment.route, len(segment.example.ids)) for segment in segments]
-    with bank.stream(lengths, kept=counts, noise=noise, places=_places(segments)):
+    with bank.stream(lengths, kept=counts, noise=noise, **_lengths(segments)):
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             logits = model(input_ids=torch.tensor([ids], device=device), logits_to_keep=index).logits[0]
         else:
@@ -125,23 +139,23 @@ def _packed(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Sco
     return logits, torch.tensor(labels, device=device), counts
 
 
-def _padded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Scored:
+def _padded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Logits:
     model: Any = bank.model
     ids, mask = _rows([segment.example.ids for segment in segments], model.device)
     rows, places, labels, counts = [], [], [], []
     for row, segment in enumerate(segments):
-        own = [n for n, learned in enumerate(segment.example.learned) if learned and n]
+        own = [n for n, bears_loss in enumerate(segment.example.loss_mask) if bears_loss and n]
         rows += [row] * len(own)
         places += [n - 1 for n in own]
         labels += [segment.example.ids[n] for n in own]
         counts.append(len(own))
-    with bank.route([segment.route for segment in segments], noise=noise, places=_places(segments)):
+    with bank.route([segment.route for segment in segments], noise=noise, **_lengths(segments)):
         logits = model(input_ids=ids, attention_mask=mask).logits
     return logits[rows, places], torch.tensor(labels, device=model.device), counts
 
 
-def _encoded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Scored:
-    """The encoder reads what stands before the first learned token, an end alone where nothing does; the decoder
+def _encoded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Logits:
+    """The encoder reads the tokens before the first of the loss mask, an end alone where nothing does; the decoder
     writes the rest.
     """
     model: Any = bank.model
@@ -151,7 +165,7 @@ def _encoded(bank: Bank, segments: Sequence[Segment], noise: Noise | None) -> Sc
     ids, mask = _rows(asked, model.device)
     start = model.config.decoder_start_token_id
     decoder, _ = _rows([(start, *answer[:-1]) for answer in answers], model.device)
-    with bank.route([segment.route for segment in segments], noise=noise, places=_places(segments)):
+    with bank.route([segment.route for segment in segments], noise=noise, **_lengths(segments)):
         logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder).logits
     pieces = [row[: len(answer)] for row, answer in zip(logits, answers, strict=True)]
     labels = torch.tensor([token for answer in answers for token in answer], device=model.device)
@@ -164,8 +178,11 @@ def _end(model: Any) -> int:
     return int(end[0] if isinstance(end, list) else end or 0)
 
 
-def _places(segments: Sequence[Segment]) -> list[int]:
-    return [segment.example.place for segment in segments]
+def _lengths(segments: Sequence[Segment]) -> dict[str, list[int]]:
+    """Where virtual tokens stand in each segment, and how many of its tokens are its prompt: those before the first of
+    the loss mask, or all where it has no prompt."""
+    prompts = [(_read(s) if any(s.example.loss_mask) else 0) or len(s.example.ids) for s in segments]
+    return {"places": [segment.example.virtual_at for segment in segments], "prompts": prompts}
 
 
 def _rows(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

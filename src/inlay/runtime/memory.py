@@ -1,4 +1,4 @@
-"""How much memory there is, how much a run takes, and what is done when it does not fit."""
+"""The budget of one forward in tokens and memory: measures, limits, and smaller forwards where memory runs out."""
 
 from __future__ import annotations
 
@@ -17,18 +17,28 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from inlay.bases.memory import free_memory
 from inlay.errors import InlayError
 
 from .sizes import size_mb
 
-__all__ = ["Room", "bound_kernels", "current_memory_mb", "parse_size", "peak_memory_mb", "saved_bytes", "within"]
+__all__ = [
+    "MB",
+    "TokenBudget",
+    "bound_kernels",
+    "current_memory_mb",
+    "parse_size",
+    "peak_memory_mb",
+    "saved_bytes",
+    "with_backoff",
+]
 
 T = TypeVar("T")
 MB = 2**20
 NEAR = 0.97
 """The share of the limit at which work is cut smaller."""
 BACKWARD = 1.2
-"""By how much a backward goes beyond what its forward has kept."""
+"""By how much a backward goes beyond what its forward has saved."""
 
 
 class OverLimit(MemoryError):
@@ -36,18 +46,18 @@ class OverLimit(MemoryError):
 
 
 @dataclass
-class Room:
-    """`tokens` that one forward takes at most; cut in half whenever that proves to be too much.
+class TokenBudget:
+    """`tokens` that one forward takes at most; cut in half whenever memory runs out.
 
-    `limit_mb` bounds the process's memory, or the accelerator's where the base is on one; `device` says which.
-    `backed_off` tells what was cut, and `told` hears of it.
+    `limit_mb` (MiB) bounds the process's memory, or the accelerator's where `device` is one. `backed_off` lists the
+    cuts, and each is a line for `on_message`.
     """
 
     tokens: int
     limit_mb: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backed_off: list[dict[str, Any]] = field(default_factory=list)
-    told: Callable[[str], None] = lambda line: None
+    on_message: Callable[[str], None] = lambda line: None
     largest: tuple[int, int] = (0, 0)
     """Tokens and rows of the largest group of the work at hand."""
 
@@ -57,24 +67,24 @@ class Room:
             return
         most = self.limit_mb if self.largest[1] <= 1 else NEAR * self.limit_mb
         if current_memory_mb(self.device) > most:
-            _give_back(self.device)  # what is freed but not returned is no reason to work in smaller pieces
+            _release_freed(self.device)  # freed memory that the allocator still holds does not count
             if current_memory_mb(self.device) > most:
                 raise OverLimit(f"the memory limit of {self.limit_mb:.0f} MB")
 
     def fit(self, fixed_mb: float, token_mb: float, longest: int) -> None:
-        """Cut `tokens` to what an estimate leaves room for: `token_mb` for each beside `fixed_mb`."""
+        """Cut `tokens` to an estimate: `token_mb` for each beside `fixed_mb`, at least one row of `longest` tokens."""
         if self.limit_mb is None:
             return
-        room = max(longest, int((NEAR * self.limit_mb - fixed_mb) / (BACKWARD * token_mb)))
-        if room < self.tokens:
-            self.backed_off.append({"where": "the start", "from": self.tokens, "to": room, "why": "the memory limit"})
-            self.tokens = room
-            self.told(f"the memory limit of {self.limit_mb:.0f} MB leaves room for {room} tokens at once")
+        most = max(longest, int((NEAR * self.limit_mb - fixed_mb) / (BACKWARD * token_mb)))
+        if most < self.tokens:
+            self.backed_off.append({"where": "the start", "from": self.tokens, "to": most, "why": "the memory limit"})
+            self.tokens = most
+            self.on_message(f"the memory limit of {self.limit_mb:.0f} MB leaves room for {most} tokens at once")
 
     def halve(self, why: str, where: str) -> None:
         """Make the groups of the work at hand smaller. Raises: InlayError where a single row is too much."""
         tokens, rows = self.largest
-        _give_back(self.device)
+        _release_freed(self.device)
         if rows <= 1:
             raise InlayError(
                 f"one row of {tokens} tokens does not fit in memory ({why})",
@@ -82,11 +92,11 @@ class Room:
             )
         before, self.tokens = self.tokens, max(1, min(self.tokens, tokens) // 2)
         self.backed_off.append({"where": where, "from": before, "to": self.tokens, "why": why})
-        self.told(f"{why}: going on with {self.tokens} tokens at once in place of {before} ({where})")
+        self.on_message(f"{why}: going on with {self.tokens} tokens at once in place of {before} ({where})")
 
 
-def within(room: Room, where: str, work: Callable[[], T], undo: Callable[[], None] | None = None) -> T:
-    """Do `work`; where memory runs out, undo what it did, cut `room` and do it again from its beginning."""
+def with_backoff(budget: TokenBudget, where: str, work: Callable[[], T], undo: Callable[[], None] | None = None) -> T:
+    """The result of `work`; where memory runs out, `undo`, halve the budget and do it again from its beginning."""
     while True:
         try:
             return work()
@@ -95,7 +105,7 @@ def within(room: Room, where: str, work: Callable[[], T], undo: Callable[[], Non
         # Out of the handler, the error no longer holds on to the tensors of the failed attempt.
         if undo is not None:
             undo()
-        room.halve(why, where)
+        budget.halve(why, where)
 
 
 def _why(error: Exception) -> str:
@@ -109,8 +119,8 @@ def _why(error: Exception) -> str:
     raise error
 
 
-def _give_back(device: torch.device) -> None:
-    """Return freed memory to the system, so that what is measured next is what is used."""
+def _release_freed(device: torch.device) -> None:
+    """Return freed memory to the system, so that the next measurement counts used memory alone."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -148,37 +158,28 @@ def peak_memory_mb() -> float:
 
 
 def parse_size(text: str | None) -> float | None:
-    """ "4GB" or "900MB" in MiB; None for none, and what the machine has to give for "auto".
+    """ "4GB" or "900MB" in MiB; None for none; for "auto" what this process holds and can still take.
 
     Raises: UsageError.
     """
     if text is None or text == "none":
         return None
     if text == "auto":
-        return _available_mb()
+        return free_memory() / MB + current_memory_mb()
     return size_mb(text)
 
 
-def _available_mb() -> float:
-    """What this process may hold: what is free now and what it has, or the limit of its container if that is less."""
-    limits = [psutil.virtual_memory().available / MB + current_memory_mb()]
-    group = Path("/sys/fs/cgroup/memory.max")
-    if group.exists() and (text := group.read_text().strip()).isdigit():
-        limits.append(int(text) / MB)
-    return min(limits)
-
-
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that `forward` keeps for its backward, the base's own weights left out."""
+    """Bytes that `forward` saves for its backward, the base's own weights left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # while they live, no two storages share an address
+    saved: list[Tensor] = []  # while they live, no two storages share an address
 
     def note(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-            kept.append(value.detach())
+            saved.append(value.detach())
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):

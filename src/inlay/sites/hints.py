@@ -19,7 +19,10 @@ ROLES: dict[str, tuple[str, ...]] = {
 }
 """Projection names inside an attention module, by role."""
 
-HEADS = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|cls|predictions|pooler|output_layer)(\.|$)")
+HEADS = re.compile(
+    r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|cls|predictions|pooler|output_layer|"
+    r"classification_head|output_projection|proj_out)(\.|$)"
+)
 """Parts behind the last block: `all-linear` leaves them alone, as PEFT does with output layers."""
 
 CACHES = ("past_key_values", "cache", "cache_params")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["Site", "SiteKind", "is_conv1d", "plain_call"]
 
-SiteKind = Literal["projection", "sublayer", "attention", "embedding", "norm"]
+SiteKind = Literal["linear", "embedding", "norm", "sublayer", "block", "attention", "tokens", "head"]
+"""What a method sees there: "linear" x and y of a layer; "embedding" ids and the rows looked up; "norm" x and y of a
+norm; "sublayer" what attention or MLP gives and the residual stream it is added to; "block" the residual stream behind
+a block; "attention" queries, keys and values; "tokens" a row's embeddings, among which virtual ones can stand; "head"
+a whole module, with all its arguments."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -28,6 +32,7 @@ class Site:
     `role` the projection's place in it ("q", "k", "v", "qkv", "o", "in", "out" or ""); `stack` is "encoder",
     "decoder" or "" for models of one stack. `in_features` and `out_features` are the last dimensions of x and y; for
     an embedding, the number of rows and the width. `heads` and `head_dim` are those of keys (attention sites only).
+    A norm's formula multiplies by its weight plus `offset`; a base multiplies what it looks up by `table_scale`.
     """
 
     path: str
@@ -42,6 +47,8 @@ class Site:
     heads: int = 0
     head_dim: int = 0
     value_dim: int = 0
+    offset: float = 0.0
+    table_scale: float = 1.0
     norm: nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -67,15 +74,23 @@ class Site:
 
     def weight(self) -> Tensor:
         """The frozen weight as (out, in), dequantized where it must be; read for merges and starts, not in forward."""
-        weight = self.module.weight
-        if hasattr(weight, "dequantize") and type(weight.data) is not Tensor:
-            weight = weight.dequantize()  # pyright: ignore[reportCallIssue]
+        weight: Any = self.module.weight
+        if getattr(weight, "quant_state", None) is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight.data, weight.quant_state)
+        elif hasattr(weight, "dequantize") and type(weight.data) is not Tensor:
+            weight = weight.dequantize()
         assert isinstance(weight, Tensor)
         return weight.detach().t() if self.transposed else weight.detach()
 
-    def with_parameters(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The module's own forward on `x` with some of its parameters replaced, hooks left out."""
-        return plain_call(self.module, params, x)
+    def normalised(self, x: Tensor) -> Tensor:
+        """What a norm gives for x with weights of one and no bias, hooks left out."""
+        own = dict(self.module.named_parameters(recurse=False))
+        neutral = {"weight": torch.full_like(own["weight"], 1 - self.offset)}
+        if "bias" in own:
+            neutral["bias"] = torch.zeros_like(own["bias"])
+        return plain_call(self.module, neutral, x)
 
 
 def plain_call(module: nn.Module, params: Mapping[str, Tensor], *args: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The one training loop, for one adapter or several."""
+"""The one training loop, for one learner or several."""

@@ -1,0 +1,259 @@
+"""A forward's beginning and end: what stands in for the forward of the base and of its backbones lays the batch out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.batch.forward import FORWARD, IN_MODEL, Forward, inside
+from inlay.batch.layout import Layout
+from inlay.batch.noise import neftune
+from inlay.batch.packed import PackedLayout
+from inlay.batch.padded import PaddedLayout
+from inlay.batch.prefixes import Prefixes
+from inlay.batch.route import Blend, Route
+from inlay.errors import UsageError
+from inlay.kernels.standin import StandIn
+from inlay.sites.backbone import Backbone
+from inlay.sites.observe import attention_sites, uses_interface
+from inlay.sites.structure import Structure
+
+from .caches import check_cache, filled_under, tag_caches
+from .hooks import Hook, strip
+from .lookup import Lookup
+from .recompute import bind_checkpoints
+
+__all__ = ["Entering"]
+
+POOLING = "ForSequenceClassification"
+"""The end of the names of models whose head reads a row's first state, unless it is a `score` of the last one."""
+
+
+class Entering:
+    """Lives as long as the bank is attached."""
+
+    def __init__(
+        self, base: Structure, backbones: Sequence[Backbone], bank: Lookup, on_training: Callable[[], None]
+    ) -> None:
+        self.base, self.bank, self._on_training = base, bank, on_training
+        self.last_virtual_predicts = getattr(base.model, "can_generate", bool)()
+        self.first_virtual_pools = type(base.model).__name__.endswith(POOLING) and not hasattr(base.model, "score")
+        self._modules = {backbone.module: frozenset(backbone.module.modules()) for backbone in backbones}
+        self._checkpointed = [m for m in base.model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._backbones = backbones
+        self._standins: list[StandIn] = []
+        self._hooks: list[Hook] = []
+
+    def install(self) -> None:
+        """Put the hooks and what stands in for forwards in place."""
+        if self.base.model not in {backbone.module for backbone in self._backbones}:
+            self._standins.append(StandIn(self.base.model, self._model))
+        for backbone in self._backbones:
+            self._standins.append(StandIn(backbone.module, self._entered(backbone)))
+            if backbone.pooler is not None:
+                self._hooks.append(Hook.before(backbone.pooler, self._pool))
+        for embedding in {b.embedding for b in self._backbones if b.embedding is not None}:
+            self._hooks.append(Hook.after(embedding, self._embed))
+        head = _output_layer(self.base.model)
+        if head is not None:
+            self._hooks.append(Hook.before(head, _contiguous))
+
+    def remove(self) -> None:
+        for placed in (*self._hooks, *self._standins):
+            placed.remove()
+        strip(self.base.model)
+
+    # ---- the model around its backbones, and each backbone
+
+    def _model(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The head's modules run behind the backbone, in the same forward."""
+        before = IN_MODEL.set(self.bank)
+        try:
+            with inside(None):
+                return original(*args, **kwargs)
+        finally:
+            IN_MODEL.reset(before)
+
+    def _entered(self, backbone: Backbone) -> Callable[..., Any]:
+        def run(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            route = self.bank.route_here()
+            if route is None:
+                check_cache(backbone.arguments(args, kwargs).get(backbone.cache), [()], self.bank.adapters)
+                with inside(None):
+                    return original(*args, **kwargs)
+            return self._routed(backbone, route, original, backbone.arguments(args, kwargs))
+
+        return run
+
+    def _routed(self, backbone: Backbone, route: Route, original: Callable[..., Any], given: dict[str, Any]) -> Any:
+        values = self._values(given.get(backbone.cache))
+        layout = self._packed(backbone, route) if route.lengths else self._padded(backbone, route, given, values)
+        check_cache(given.get(backbone.cache), layout.blends, self.bank.adapters)
+        given = layout.prepare(given)
+        if backbone.part == "decoder" and not route.lengths:
+            self._widen_cross_mask(given, route)
+        cache = given.get(backbone.cache)
+        bind_checkpoints(self._checkpointed)
+        if torch.is_grad_enabled():
+            self._on_training()
+        forward = Forward(
+            self.bank, route, layout, self._modules[backbone.module], torch.is_grad_enabled(), cache=values
+        )
+        try:
+            with inside(forward):
+                if forward.training:
+                    self.bank.compute_shared(route, forward.cache)
+                out = original(**given)
+        finally:
+            forward.release()
+        self._behind(forward)
+        if out is None:
+            return None
+        tag_caches(cache, out, layout.blends, self.bank.adapters, layout.prompt_lengths(), values)
+        return out if backbone.part == "encoder" else _narrowed(out, layout)
+
+    def _behind(self, forward: Forward) -> None:
+        """Inside the model's own forward, what runs next is its head."""
+        if IN_MODEL.get() is self.bank:  # a copy: blocks that are computed again are inside of it still
+            FORWARD.set(replace(forward, behind=True))
+
+    def _values(self, cache: Any) -> dict[Any, Any]:
+        """What is computed once: once a forward in training and for a new prompt, so that no change of a parameter is
+        ever missed (fused optimizers do not even count as writes); once for all steps that go on from a cache."""
+        filled = filled_under(cache)
+        return {} if filled is None or torch.is_grad_enabled() else filled.values
+
+    # ---- how the batch lies
+
+    def _padded(self, backbone: Backbone, route: Route, given: dict[str, Any], values: dict[Any, Any]) -> PaddedLayout:
+        rows = _rows(given)
+        if rows % len(route.blends):
+            raise UsageError(
+                f"the route has {len(route.blends)} rows but the batch has {rows}", "Give one entry for each row."
+            )
+        each = rows // len(route.blends)
+        blends = [blend for blend in route.blends for _ in range(each)]
+        virtual = [0 if backbone.part == "decoder" else self.bank.virtual_length(b) for b in blends]
+        prefixes = self._prefixes(backbone, blends, values)
+        cache = given.get(backbone.cache)
+        filled = filled_under(cache)
+        own_attention = not uses_interface(self.base) if any(virtual) or prefixes.longest else False
+        self._check_own_attention(backbone, own_attention, virtual, prefixes)
+        decoder = backbone.part == "decoder"
+        places = None if decoder or route.places is None else _each(route.places, each)
+        prompts = filled.prompts if filled is not None else None
+        if prompts is None and route.prompts is not None:
+            prompts = tuple(_each(route.prompts, each))
+        return PaddedLayout(
+            blends, backbone, virtual, prefixes, self.bank.virtual_of, prefixes.longest > 0 and own_attention,
+            filled is not None, places, self.last_virtual_predicts, prompts, self.first_virtual_pools,
+        )  # fmt: skip
+
+    def _check_own_attention(self, backbone: Backbone, own: bool, virtual: Sequence[int], prefixes: Prefixes) -> None:
+        if len(set(virtual)) > 1 and own and not self.bank.takes_padding(prefixes.longest > 0):
+            raise UsageError(
+                "this base does not ignore padding: rows with different numbers of virtual tokens cannot share a batch",
+                "Run them in batches of their own.",
+            )
+        recomputes = any(m.gradient_checkpointing for m in self._checkpointed)
+        if prefixes.longest and own and backbone.module.training and recomputes:
+            raise UsageError("this base drops prefixes under gradient checkpointing", "Switch checkpointing off.")
+
+    def _packed(self, backbone: Backbone, route: Route) -> PackedLayout:
+        assert route.lengths is not None
+        virtual = [self.bank.virtual_length(b) for b in route.blends]
+        return PackedLayout(
+            route.blends, route.lengths, backbone, virtual, self._prefixes(backbone, route.blends, {}),
+            self.bank.virtual_of, route.places, self.last_virtual_predicts, route.prompts,
+        )  # fmt: skip
+
+    def _prefixes(self, backbone: Backbone, blends: Sequence[Blend], values: dict[Any, Any]) -> Prefixes:
+        spot = "prefixes", backbone.part, len(blends)
+        if spot not in values:
+            lengths = [0 if backbone.part == "encoder" else self.bank.prefix_length(b) for b in blends]
+            modules = [site.module for site in attention_sites(self.base)] if any(lengths) else []
+            values[spot] = Prefixes(blends, lengths, self.bank.prefix_of, modules)
+        return values[spot]
+
+    # ---- inside
+
+    def _embed(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
+        forward = FORWARD.get()
+        if forward is None or forward.owner is not self.bank or module is not forward.layout.backbone.embedding:
+            return None
+        layout, noise = forward.layout, forward.route.noise
+        filled = layout.embed(embedded)
+        if noise is None or not any(noise.neftune) or forward.noisy or layout.backbone.part == "decoder":
+            return filled
+        forward.noisy = True
+        filled = embedded if filled is None else filled
+        return neftune(filled, layout.own_tokens(filled), noise)
+
+    def _pool(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        forward = FORWARD.get()
+        if forward is None or forward.owner is not self.bank or not isinstance(forward.layout, PaddedLayout):
+            return None
+        return (forward.layout.narrow(args[0]), *args[1:])
+
+    # ---- encoder and decoder, caches
+
+    def _widen_cross_mask(self, given: dict[str, Any], route: Route) -> None:
+        """The encoder's output holds virtual tokens: the decoder's view of it gets their columns."""
+        states = given.get("encoder_hidden_states")
+        widest = max((self.bank.virtual_length(b) for b in route.blends), default=0)
+        if states is None or not widest:
+            return
+        rows, columns = states.shape[:2]
+        mask = given.get("encoder_attention_mask")
+        if mask is None:
+            mask = torch.ones(rows, columns - widest, dtype=torch.long, device=states.device)
+        if mask.shape[1] == columns:
+            return
+        each = rows // len(route.blends)
+        virtual = torch.tensor(_each([self.bank.virtual_length(b) for b in route.blends], each), device=mask.device)
+        first, length = mask.long().argmax(1)[:, None], mask.shape[1]
+        column, virtual = torch.arange(columns, device=mask.device)[None], virtual[:, None]
+        source = torch.where(column < first, column, column - virtual).clamp(0, length - 1)
+        wide = torch.where((column >= first) & (column < first + virtual), 1, mask.gather(1, source))
+        given["encoder_attention_mask"] = torch.where(column >= length + virtual, 0, wide)
+
+
+def _output_layer(model: Any) -> nn.Module | None:
+    try:
+        head = model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return head if isinstance(head, nn.Linear) else None
+
+
+def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The last states of many rows are a slice: torch multiplies those with a frozen weight many times slower."""
+    if not args or not isinstance(args[0], Tensor) or args[0].is_contiguous():
+        return None
+    return (args[0].contiguous(), *args[1:])
+
+
+def _rows(given: Mapping[str, Any]) -> int:
+    for value in (given.get("input_ids"), given.get("inputs_embeds"), *given.values()):
+        if isinstance(value, Tensor):
+            return value.shape[0]
+    raise UsageError("the base was called without a tensor", "Give input_ids.")
+
+
+def _each(values: Sequence[Any], times: int) -> list[Any]:
+    return [value for value in values for _ in range(times)]
+
+
+def _narrowed(out: Any, layout: Layout) -> Any:
+    if isinstance(out, Tensor):
+        return layout.narrow(out)
+    if isinstance(out, tuple):
+        return (layout.narrow(out[0]), *out[1:])
+    out.last_hidden_state = layout.narrow(out.last_hidden_state)
+    if getattr(out, "hidden_states", None) is not None:
+        out.hidden_states = tuple(layout.narrow(states) for states in out.hidden_states)
+    return out

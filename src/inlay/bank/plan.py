@@ -1,0 +1,78 @@
+"""What happens at one site: which adapters act on which spans of tokens. Made once for a route and a site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from inlay.batch.route import Blend, Route
+from inlay.errors import UsageError
+
+from .adapter import Adapter, Part
+
+__all__ = ["Act", "SitePlan", "plan_at"]
+
+
+@dataclass(frozen=True, eq=False)
+class Act:
+    """One part of an adapter at a site, with the weight of what it adds; None where it is chained."""
+
+    adapter: Adapter
+    part: Part
+    weight: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class SitePlan:
+    """For each share of the batch, in order, the acts of its adapters.
+
+    `forms` are the shares of a linear layer that one form alone serves: those are computed together, whatever their
+    methods. `rest` are shares of other sites, and those whose acts are chained, weighted, or have no form. `scaled` are
+    shares whose input is scaled.
+    """
+
+    forms: Sequence[tuple[int, Act]]
+    rest: Sequence[tuple[int, Sequence[Act]]]
+    scaled: Sequence[tuple[int, Sequence[Act]]]
+
+
+def plan_at(path: str, route: Route, blends: Sequence[Blend], adapters: Mapping[str, Adapter]) -> SitePlan | None:
+    """The plan of a site; None where no adapter of the route acts there."""
+    spot = "plan", path, len(blends)
+    if spot not in route.cache:
+        route.cache[spot] = _made(path, list(dict.fromkeys(blends)), adapters)
+    return route.cache[spot]
+
+
+def _check_order(path: str, acts: Sequence[Act]) -> None:
+    """Raises: UsageError where what acts at a site would be lost, because one behind it computes the module anew."""
+    lost = next((n for n, act in enumerate(acts) if n and act.part.method.replaces and act.weight is None), None)
+    if lost is not None:
+        names = " and ".join(dict.fromkeys(repr(act.adapter.name) for act in (acts[lost - 1], acts[lost])))
+        raise UsageError(
+            f"{names} cannot be chained at {path}, which the later one computes anew", "Route one of them."
+        )
+
+
+def _made(path: str, shares: Sequence[Blend], adapters: Mapping[str, Adapter]) -> SitePlan | None:
+    forms, rest, scaled = [], [], []
+    for number, blend in enumerate(shares):
+        acts = [
+            Act(adapters[name], part, weight)
+            for name, weight in blend
+            for part in adapters[name].parts
+            if path in part.sites and part.sites[path].kind not in ("attention", "tokens")
+        ]
+        if not acts:
+            continue
+        # What stands behind a sublayer stands behind the adapters of its last layer.
+        acts.sort(key=lambda act: act.part.sites[path].kind in ("sublayer", "block"))
+        _check_order(path, acts)
+        if any(act.part.method.scales_input(act.part.sites[path]) for act in acts):
+            scaled.append((number, acts))
+        alone = acts[0] if len(acts) == 1 and acts[0].weight is None else None
+        if alone is not None and alone.part.method.has_form() and alone.part.sites[path].kind == "linear":
+            forms.append((number, alone))
+        else:
+            rest.append((number, acts))
+    return SitePlan(forms, rest, scaled) if forms or rest else None

@@ -1,0 +1,67 @@
+"""One forward of a backbone in flight: all that the hooks inside of it read. It lives in a ContextVar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from inlay.sites.attention import HANDLER, QKV
+
+from .layout import Layout
+from .route import Route
+
+__all__ = ["FORWARD", "IN_MODEL", "Forward", "inside"]
+
+
+@dataclass(eq=False)
+class Forward:
+    """`owner` is the bank whose base runs, `modules` what belongs to its backbone; `training` is whether gradients are
+    taken. `streams` holds the residual stream of each sublayer, `inputs` what a site's first hook leaves to its second,
+    `cache` what is computed once a forward; `behind` is set when the backbone is done and its head runs.
+    """
+
+    owner: object
+    route: Route
+    layout: Layout
+    modules: frozenset[nn.Module]
+    training: bool
+    streams: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[Any, Any] = field(default_factory=dict)
+    cache: dict[Any, Any] = field(default_factory=dict)
+    noisy: bool = False
+    behind: bool = False
+
+    def attend(self, plain: Callable[..., Any], module: nn.Module, qkv: QKV, mask: Any, **rest: Any) -> Any:
+        if module not in self.modules:
+            return plain(module, *qkv, mask, **rest)
+        return self.layout.attend(plain, module, qkv, mask, **rest)
+
+    def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
+        return self.layout.mask(plain, call)
+
+    def release(self) -> None:
+        """Let go of the activations; what is in `cache` stays for those who recompute a block in the backward."""
+        self.streams.clear()
+        self.inputs.clear()
+
+
+FORWARD: ContextVar[Forward | None] = ContextVar("inlay_forward", default=None)
+IN_MODEL: ContextVar[object] = ContextVar("inlay_in_model", default=None)
+"""The bank whose model runs, from before its backbone to behind its head."""
+
+
+@contextmanager
+def inside(forward: Forward | None) -> Iterator[None]:
+    """Run what is inside as a part of `forward`, in whichever thread that is; None: of no forward."""
+    attends = forward is not None and forward.layout.attends
+    before, handler = FORWARD.set(forward), HANDLER.set(forward if attends else None)
+    try:
+        yield
+    finally:
+        FORWARD.reset(before)
+        HANDLER.reset(handler)

@@ -1,0 +1,81 @@
+"""The linear form: what nearly every method is at a linear site, and how it is written into the base's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from inlay.errors import UsageError
+from inlay.sites.site import Site
+
+__all__ = ["LinearForm", "merged"]
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """What nearly every method is at a linear site:
+
+        y = a * (W (c * x) + bias + s * v * U (m * D (c * x))) + b
+
+    `down` is D (r, in) and `up` U (out, r), both there or neither; `scale` is s, `middle` m (r,) and `outer` v (out,);
+    `in_scale` is c (in,), `out_scale` a (out,) and `shift` b (out,). Each may be None, and then changes nothing. At an
+    embedding, D's columns are looked up by token id; at a norm, y is what the norm gives with weights of one and no
+    bias.
+    """
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    scale: float = 1.0
+    middle: Tensor | None = None
+    outer: Tensor | None = None
+    in_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def product(self) -> Tensor | None:
+        """s * v * U m D (out, in), or None."""
+        if self.down is None or self.up is None:
+            return None
+        down = self.down if self.middle is None else self.middle[:, None] * self.down
+        made = self.up @ down * self.scale
+        return made if self.outer is None else self.outer[:, None] * made
+
+
+def merged(forms: Sequence[LinearForm], site: Site) -> dict[str, Tensor]:
+    """The weight and bias of `site` with chained forms written into them: each makes a (W + s v U m D) and a bias + b
+    of what the one before it made; the input scales come last, since all see the scaled input.
+
+    Raises: UsageError where a form has a shift and the module no bias to hold it.
+    """
+    if site.kind == "norm":
+        return _merged_norm(forms[-1], site)  # each begins anew from the normalised input
+    weight, bias = site.weight(), getattr(site.module, "bias", None)
+    first = bias.detach() if isinstance(bias, Tensor) else None
+    bias = first
+    for form in forms:
+        product, scale = form.product(), form.out_scale
+        if product is not None:
+            weight = weight + (product.t() / site.table_scale if site.is_embedding else product)
+        if scale is not None:
+            weight = weight * (scale if site.is_embedding else scale[:, None])
+            bias = None if bias is None else bias * scale
+        if form.shift is not None:
+            bias = form.shift if bias is None else bias + form.shift
+    for form in forms:
+        weight = weight if form.in_scale is None else weight * form.in_scale
+    found = {"weight": weight.t().contiguous() if site.transposed else weight}
+    if first is None and bias is not None and bool(bias.any()):
+        raise UsageError(f"{site.path} has no bias that could hold the adapter's shift", "Keep the adapter beside it.")
+    return found if first is None or bias is first or bias is None else {**found, "bias": bias}
+
+
+def _merged_norm(form: LinearForm, site: Site) -> dict[str, Tensor]:
+    """A norm's own weight is its scale less the `offset` that its formula adds."""
+    found = {}
+    if form.out_scale is not None:
+        found["weight"] = form.out_scale - site.offset
+    if form.shift is not None:
+        found["bias"] = form.shift
+    return found

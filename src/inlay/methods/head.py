@@ -1,0 +1,137 @@
+"""Modules to save: an adapter has its own copy of whole modules of the base, a classification head for one.
+
+    y = module(x; W')          W' starts at the base's own parameters
+
+Heads of models for classification are drawn at random and mean nothing until they are trained, so that they travel with
+the adapter, as `modules_to_save` of HF PEFT. Shapes are those of the module's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import UsageError
+from inlay.values import Help
+
+from .contract import Method, Params, Site, Structure, Tokens
+
+__all__ = ["ModulesToSave"]
+
+NO_TARGETS = "dummy-target-modules"
+"""What a LoRA config of HF PEFT targets where an adapter is saved modules alone."""
+
+
+@dataclass(frozen=True)
+class ModulesToSave(Method):
+    """Settings: `targets` are endings of module paths; None is every head of the base.
+
+    Linear layers, tables and norms may stand anywhere in the base. Modules of several layers stand outside of its
+    blocks, and see whole rows.
+    """
+
+    title = "Modules to save"
+    paper = "modules_to_save of HF PEFT"
+    peft_type = ""  # a field of other methods' configs there, no type of its own
+    replaces = True
+    lr = 0.001
+
+    targets: Annotated[Sequence[str] | None, Help("endings of modules' paths; every head where unset")] = None
+
+    def sites(self, base: Structure) -> list[Site]:
+        """Raises: UsageError where a name matches no module, or a module that cannot be trained apart from others."""
+        heads = [site.path for site in base.heads]
+        wanted = heads if self.targets is None else list(self.targets)
+        paths = {m: p for p, m in base.model.named_modules() if any(True for _ in m.parameters())}
+        named = {m: p for m, p in paths.items() if any(p == t or p.endswith("." + t) for t in wanted)}
+        missing = [t for t in wanted if not any(p == t or p.endswith("." + t) for p in named.values())]
+        if missing or not named:
+            what = ", ".join(missing) or "head"
+            remedy = f"Its heads: {', '.join(heads) or 'none'}. transformers' AutoModelFor... classes say which it has."
+            raise UsageError(f"the base has no module {what}, which the adapter has its own of", remedy)
+        known = {s.module: s for s in [*base.embeddings, *base.norms, *base.projections]}
+        sites = [known.get(module) or Site(path, "head", module, part="head") for module, path in named.items()]
+        for site in sites:
+            _check(site, base)
+        return sites
+
+    def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        return {name: value.detach().clone().float() for name, value in site.module.named_parameters()}
+
+    def output(self, params: Params, x: Tensor, y: Tensor, site: Site, tokens: Tokens) -> Tensor:
+        made = _bare(site.module, params)(x)
+        if site.kind != "embedding":
+            return made
+        return torch.where(tokens.position[:, None] < 0, y, made)  # virtual tokens have no row in the table
+
+    def whole(self, params: Params, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return _bare(site.module, params)(*args, **kwargs)
+
+    def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
+        return {name: params[name] for name, _ in site.module.named_parameters()}
+
+    def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {name: (name, tuple(value.shape)) for name, value in site.module.named_parameters()}
+
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("target_modules") == NO_TARGETS
+
+    def fields_beside(self, host: Method, sites: Sequence[Site]) -> Mapping[str, Any] | None:
+        return {"modules_to_save": [site.path for site in sites]}
+
+    @classmethod
+    def read_beside(cls, config: Mapping[str, Any], keys: Collection[str]) -> Method | None:
+        """The modules that hold `keys`; for some tasks HF PEFT lists names that the base need not have."""
+        names = tuple(config.get("modules_to_save") or ())
+        paths = (next((p for p in _prefixes(key) if p.endswith(names)), "") for key in keys) if names else ()
+        found = [path for path in dict.fromkeys(paths) if path]
+        return cls(targets=found) if found else None
+
+    def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
+        return {"peft_type": "LORA", "target_modules": NO_TARGETS, **(self.fields_beside(self, sites) or {})}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> ModulesToSave:
+        return cls(targets=paths)
+
+
+def _prefixes(key: str) -> list[str]:
+    """Paths of the modules around the parameter `key`, the outermost first."""
+    parts = key.split(".")[:-1]
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+def _bare(module: nn.Module, params: Params, path: str = "") -> nn.Module:
+    """`module` without hooks, with `params` in the place of its own; it shares nothing that a call could change."""
+    bare = object.__new__(type(module))
+    bare.__dict__.update(module.__dict__)
+    bare.__dict__.pop("forward", None)  # what stands in for it holds on to `module`
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        bare.__dict__[hooks] = type(module.__dict__[hooks])()
+    bare.__dict__["_parameters"] = {name: params.get(path + name, own) for name, own in module._parameters.items()}
+    bare.__dict__["_modules"] = {
+        name: child if child is None else _bare(child, params, f"{path}{name}.")
+        for name, child in module._modules.items()
+    }
+    return bare
+
+
+def _check(site: Site, base: Structure) -> None:
+    """Raises: UsageError where a copy of the module could not be trained, or would not be what it is in the base."""
+    inner = ", ".join(f"{site.path}.{name}" for name, _ in site.module.named_children())
+    if site.kind == "head" and any(_around(site.path, b) or _around(b, site.path) for b in base.blocks):
+        raise UsageError(f"{site.path} is a part of the base's blocks", "Name linear layers, norms or heads.")
+    if len([*site.module.named_parameters(remove_duplicate=False)]) != len([*site.module.named_parameters()]):
+        raise UsageError(f"{site.path} holds one parameter under two names", f"Name modules inside of it: {inner}.")
+    if site.quantized or not all(p.is_floating_point() for p in site.module.parameters()):
+        raise UsageError(f"{site.path} is quantized and cannot be trained", "Open the base without quantization.")
+
+
+def _around(path: str, other: str) -> bool:
+    """Whether the module at `path` is the one at `other`, or holds it."""
+    return other == path or other.startswith(path + ".")

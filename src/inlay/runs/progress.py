@@ -1,0 +1,66 @@
+"""One learner of a run: when it is scored, its best checkpoint, and the numbers of its last steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from inlay.evaluation.score import Items
+from inlay.training.learner import Learner
+
+from .best import BestCheckpoint
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """A `learner` with its `best` checkpoint. It is scored on `rows` every `eval_every` steps of its own.
+
+    `seconds` is the run's time up to its last step, scoring left out.
+    """
+
+    def __init__(self, learner: Learner, best: BestCheckpoint, rows: Items, eval_every: int) -> None:
+        self.learner, self.best, self.rows, self.eval_every = learner, best, rows, eval_every
+        self.seconds = 0.0
+        self._losses = (0.0, 0)
+        self._before = (learner.step, learner.tokens)
+
+    @property
+    def name(self) -> str:
+        return self.learner.plan.name
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights are kept as the best."""
+        return self.learner.sound if self.best.best_step is None else self.best.best_step
+
+    @property
+    def score_due(self) -> bool:
+        """Whether the learner is to be scored after its last step."""
+        return bool(self.rows) and (self.learner.step % self.eval_every == 0 or not self.learner.live)
+
+    def advance(self, seconds: float) -> int:
+        """Take in the learner's last step; returns its tokens, 0 where there was none."""
+        before, self._before = self._before, (self.learner.step, self.learner.tokens)
+        if self._before == before:
+            return 0
+        self.seconds = seconds
+        self._losses = self._losses[0] + self.learner.loss, self._losses[1] + 1
+        return self.learner.tokens - before[1]
+
+    def mean_loss(self) -> float:
+        """The mean training loss (nats) of the steps since the last call; 0 where there are none."""
+        total, steps = self._losses
+        self._losses = (0.0, 0)
+        return total / max(steps, 1)
+
+    def state(self) -> dict[str, Any]:
+        own = {"seconds": self.seconds, "losses": self._losses}
+        return {"learner": self.learner.state(), "best": self.best.state(), **own}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`. Raises: FormatError where it is another learner's."""
+        self.learner.restore(state["learner"])
+        self.best.restore(state["best"])
+        self.seconds, self._losses = state["seconds"], state["losses"]
+        self._before = (self.learner.step, self.learner.tokens)

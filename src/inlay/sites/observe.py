@@ -1,0 +1,129 @@
+"""What a base does, seen in one tiny forward of it alone.
+
+Names and signatures say what a module may be; which modules are called, with what, and what becomes of what they give
+is seen here, once for each base. Nothing of it stays on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import nn
+
+from .formulas import norm_offset, table_scale
+from .recorder import Call, HeadShape, Recorder, first_tensor
+from .site import Site
+from .tiny import run_tiny
+
+__all__ = ["Base", "Call", "HeadShape", "Observation", "attention_sites", "first_tensor", "observe", "uses_interface"]
+
+
+class Base(Protocol):
+    """A structure, as far as observing it needs one; see `inlay.sites.structure.Structure`."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def stacks(self) -> tuple[nn.Module, ...]: ...
+    @property
+    def blocks(self) -> dict[str, int]: ...
+    @property
+    def projections(self) -> list[Site]: ...
+    @property
+    def tables(self) -> list[Site]: ...
+    @property
+    def scales(self) -> list[Site]: ...
+    @property
+    def ends(self) -> list[Site]: ...
+    @property
+    def attentions(self) -> dict[nn.Module, Site]: ...
+    @property
+    def observed(self) -> Observation: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What one tiny forward showed; where none could be run, the maps are empty but for the last two.
+
+    `ran`, and `why` not: the error's first line. `calls`: each module that was called, by path. `heads`: keys of the
+    modules that compute attention through transformers' interface. `sublayers`: paths of the modules that give what a
+    block's attention or MLP adds to the residual stream, by structure where none could be run. `streams`: for the path
+    of a sublayer, the module whose first input is the residual stream that its output is added to. `same_input`: for
+    the path of a linear layer, all of its block, in the order of calls, that read the very same tensor; itself is among
+    them, and nobody is listed who reads alone. `unusable`: for the path of a linear layer or a table, why an adapter's
+    hooks could not act there. `table_scale`: by what a table multiplies what it looks up. `norm_offset`: c of norms
+    that give n(x) * (weight + c) + bias.
+    """
+
+    ran: bool
+    why: str
+    calls: Mapping[str, Call]
+    heads: Mapping[nn.Module, HeadShape]
+    sublayers: tuple[str, ...]
+    streams: Mapping[str, nn.Module]
+    same_input: Mapping[str, tuple[str, ...]]
+    unusable: Mapping[str, str]
+    table_scale: Mapping[str, float]
+    norm_offset: Mapping[str, float]
+
+    def silent(self, paths: Iterable[str]) -> list[str]:
+        """Those of `paths` that the forward did not call; none where it could not be run."""
+        return [path for path in paths if path not in self.calls] if self.ran else []
+
+
+def observe(base: Base) -> Observation:
+    """Run the tiny forward; `base.observed` keeps what this gives."""
+    recorder = Recorder(base.model, base.blocks, base.projections, base.tables, base.scales, base.ends)
+    with recorder.watching():
+        why = run_tiny(base.model, recorder.forget)
+    scales = {site.path: table_scale(site.module) for site in base.tables}
+    unusable = recorder.unusable() if not why else {}
+    for path, scale in scales.items():
+        if scale is None:
+            unusable.setdefault(path, "gives something else than the rows of its ids")
+    sublayers, streams = recorder.streams()
+    offsets = {s.path: norm_offset(s.module, recorder.calls.get(s.path)) for s in base.scales}
+    return Observation(
+        not why, why, recorder.calls, recorder.heads, tuple(sublayers), streams, recorder.same_input(), unusable,
+        {path: scale for path, scale in scales.items() if scale is not None},
+        {path: offset for path, offset in offsets.items() if offset is not None},
+    )  # fmt: skip
+
+
+def uses_interface(base: Base) -> bool:
+    """Whether attention goes through transformers' attention interface, so that it can be taken over for one call."""
+    return bool(base.observed.heads)
+
+
+def attention_sites(base: Base) -> list[Site]:
+    """Self-attention sites in the order of the blocks, with heads, head_dim and value_dim of their keys and values.
+
+    A model whose attention was not seen is described by its configuration.
+    """
+    seen = base.observed.heads
+    sites = []
+    paths = [site.path for site in base.attentions.values()]
+    for module, site in base.attentions.items():
+        if site.part == "cross-attention" or (not seen and any(p.startswith(site.path + ".") for p in paths)):
+            continue  # where nothing was seen, the innermost module is the one with keys
+        shape = seen.get(module) or (None if seen else _configured(base.model, module))
+        if shape is not None and shape.heads:
+            sites.append(replace(site, heads=shape.heads, head_dim=shape.head_dim, value_dim=shape.value_dim))
+    return sites
+
+
+def _configured(model: nn.Module, module: nn.Module) -> HeadShape | None:
+    config = getattr(module, "config", None) or getattr(model, "config", None)
+    if config is None:
+        return None
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    if not heads:
+        return None
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = int(getattr(config, "num_key_value_heads", None) or heads)
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        shared = 1
+    return HeadShape(shared, int(width), int(width))
