@@ -5,71 +5,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from inlay.methods.table import CLASSES
+
 if TYPE_CHECKING:
     from inlay.bank.bank import Bank, attach
     from inlay.integrations.trainer import InlayCallback
-    from inlay.methods.bitfit import BitFit
-    from inlay.methods.bottleneck import Houlsby, Pfeiffer
-    from inlay.methods.dora import DoRA
-    from inlay.methods.head import ModulesToSave
-    from inlay.methods.ia3 import IA3
-    from inlay.methods.lora import LoRA
-    from inlay.methods.loreft import DiReFT, LoReFT, NoReFT
-    from inlay.methods.mam import MAM
-    from inlay.methods.norm import NormTuning
-    from inlay.methods.parallel import Parallel, ScaledParallel
-    from inlay.methods.prefix import PrefixTuning
-    from inlay.methods.prompt import PromptTuning
-    from inlay.methods.vera import VeRA
-
-__all__ = [
-    "IA3",
-    "MAM",
-    "Bank",
-    "BitFit",
-    "DiReFT",
-    "DoRA",
-    "Houlsby",
-    "InlayCallback",
-    "LoRA",
-    "LoReFT",
-    "ModulesToSave",
-    "NoReFT",
-    "NormTuning",
-    "Parallel",
-    "Pfeiffer",
-    "PrefixTuning",
-    "PromptTuning",
-    "ScaledParallel",
-    "VeRA",
-    "__version__",
-    "attach",
-]
+    from inlay.methods.table import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Bank": "inlay.bank.bank",
     "attach": "inlay.bank.bank",
-    "BitFit": "inlay.methods.bitfit",
-    "DoRA": "inlay.methods.dora",
-    "Houlsby": "inlay.methods.bottleneck",
-    "Pfeiffer": "inlay.methods.bottleneck",
-    "IA3": "inlay.methods.ia3",
     "InlayCallback": "inlay.integrations.trainer",
-    "LoRA": "inlay.methods.lora",
-    "DiReFT": "inlay.methods.loreft",
-    "LoReFT": "inlay.methods.loreft",
-    "MAM": "inlay.methods.mam",
-    "NoReFT": "inlay.methods.loreft",
-    "ModulesToSave": "inlay.methods.head",
-    "NormTuning": "inlay.methods.norm",
-    "Parallel": "inlay.methods.parallel",
-    "ScaledParallel": "inlay.methods.parallel",
-    "PrefixTuning": "inlay.methods.prefix",
-    "PromptTuning": "inlay.methods.prompt",
-    "VeRA": "inlay.methods.vera",
+    **{kind: f"inlay.methods.{module}" for module, _, kind in (entry.partition(".") for entry in CLASSES.values())},
 }
+"""The public names, every method's class among them, and the modules they are in."""
+
+__all__ = ["Bank", "InlayCallback", "__version__", "attach"]
+__all__ += sorted({*_WHERE} - {*__all__})
 
 
 def __getattr__(name: str) -> Any:

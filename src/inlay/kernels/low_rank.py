@@ -93,9 +93,8 @@ Factors = tuple[Tensor, Tensor, Tensor | float]
 
 def _forward(ctx: Any, x: Tensor, y: Tensor, base_weight: Tensor | None, products: Sequence[Product]) -> None:
     flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    pad = x.is_cuda or x.dtype in (torch.bfloat16, torch.float16)
     shapes = tuple((own.spans, len(own.down) if own.plain else 0) for own in products)
-    alone, blocks = batched(shapes, pad, x.device)
+    alone, blocks = batched(shapes, _pads(x), x.device)
     lows = [low for number in alone for low in _add_alone(products[number], flat_x, flat_y)]
     factors = [_factors(block, products) for block in blocks]
     for block, own in zip(blocks, factors, strict=True):
@@ -105,6 +104,11 @@ def _forward(ctx: Any, x: Tensor, y: Tensor, base_weight: Tensor | None, product
     ctx.products, ctx.alone, ctx.blocks, ctx.factors = products, alone, blocks, factors
     ctx.frozen = base_weight is not None
     save_for_backward(ctx, x, *lows, *([] if base_weight is None else [base_weight]))
+
+
+def _pads(x: Tensor) -> bool:
+    """Whether products of unlike ranks and sizes are better one padded product than several small ones."""
+    return x.is_cuda or x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _add_alone(own: Product, x: Tensor, y: Tensor) -> Iterator[Tensor]:

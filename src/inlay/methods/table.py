@@ -6,10 +6,25 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the public names, for those who check types
+    from .bitfit import BitFit as BitFit
+    from .bottleneck import Houlsby as Houlsby
+    from .bottleneck import Pfeiffer as Pfeiffer
     from .contract import Method
-
-__all__ = ["METHODS"]
+    from .dora import DoRA as DoRA
+    from .head import ModulesToSave as ModulesToSave
+    from .ia3 import IA3 as IA3
+    from .lora import LoRA as LoRA
+    from .loreft import DiReFT as DiReFT
+    from .loreft import LoReFT as LoReFT
+    from .loreft import NoReFT as NoReFT
+    from .mam import MAM as MAM
+    from .norm import NormTuning as NormTuning
+    from .parallel import Parallel as Parallel
+    from .parallel import ScaledParallel as ScaledParallel
+    from .prefix import PrefixTuning as PrefixTuning
+    from .prompt import PromptTuning as PromptTuning
+    from .vera import VeRA as VeRA
 
 CLASSES = {
     "lora": "lora.LoRA",
