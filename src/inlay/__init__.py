@@ -23,7 +23,7 @@ _WHERE = {
 """The public names, every method's class among them, and the modules they are in."""
 
 __all__ = ["Bank", "InlayCallback", "__version__", "attach"]
-__all__ += sorted({*_WHERE} - {*__all__})
+__all__ += sorted({*_WHERE} - {*__all__})  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

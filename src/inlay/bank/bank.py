@@ -61,6 +61,7 @@ class Bank:
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         with not_compiled(model):  # seen before anything stands in the way
             _, backbones = self.base.observed, self.base.backbones
+        _ = self.fingerprint  # so that the first adapter loads as fast as the next
         self._lookup = Lookup(self.adapters, partial(ignores_padding, self.base, self.alone))
         self._fusing = Fusing(model, self.alone)
         self._sites = SiteHooks(self.base, self._lookup)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from inlay.errors import UsageError
 
 from .site import Site
 from .structure import Structure
 
-__all__ = ["GROUPS", "Targets", "check_pattern", "parse_layers", "select_projections"]
+__all__ = ["GROUPS", "Targets", "check_pattern", "endings", "parse_layers", "select_projections"]
 
 Targets = str | Sequence[str]
 Layers = str | int | Sequence[int] | None
@@ -35,8 +35,9 @@ def select_projections(base: Structure, targets: Targets, layers: Layers = None)
     if not wanted:
         raise UsageError("targets are an empty list", f"Name modules, or a group: {', '.join(GROUPS)}.")
     chosen: dict[str, Site] = {}
+    named, alone = _by_ending(base), isinstance(targets, str)
     for target in wanted:
-        matched = _group(base, target) if target in GROUPS else _named(base, target, alone=isinstance(targets, str))
+        matched = _group(base, target) if target in GROUPS else _named(base, named, target, alone)
         if not matched:
             raise UsageError(f"target {target!r} matches no module of the base", _candidates(base, target))
         chosen.update({site.path: site for site in _usable(base, target, matched)})
@@ -100,11 +101,25 @@ def _group(base: Structure, group: str) -> list[Site]:
     return [s for s in attention if s.role == "qkv" or (s.role and s.role in group)]
 
 
-def _named(base: Structure, target: str, alone: bool) -> list[Site]:
-    sites = [*base.tables, *base.projections]
-    found = [s for s in sites if s.path == target or s.path.endswith("." + target)]
+def endings(path: str) -> list[str]:
+    """What may name a module: its path, and the path's ends behind each dot."""
+    names = path.split(".")
+    return [".".join(names[n:]) for n in range(len(names))]
+
+
+def _by_ending(base: Structure) -> dict[str, list[Site]]:
+    found: dict[str, list[Site]] = {}
+    for site in [*base.tables, *base.projections]:
+        for name in endings(site.path):
+            found.setdefault(name, []).append(site)
+    return found
+
+
+def _named(base: Structure, named: Mapping[str, list[Site]], target: str, alone: bool) -> list[Site]:
+    found = named.get(target, [])
     if found or not alone:
         return found
+    sites = [*base.tables, *base.projections]
     try:
         pattern = re.compile(target)
     except re.error as error:
