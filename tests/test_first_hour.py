@@ -33,7 +33,7 @@ def answer(*arguments):
 def refused(*arguments, code=2):
     """The one line that says what is wrong."""
     lines = call(*arguments, code=code).stderr.strip().splitlines()
-    assert lines[-1].startswith("error: ") and "The whole story is in" not in lines[-1], lines
+    assert lines[-1].startswith("error: ") and "More is in" not in lines[-1], lines
     return lines[-1]
 
 

@@ -30,7 +30,7 @@ from .entering import Entering
 from .fusing import Fusing
 from .lookup import Lookup
 from .merging import merged_parameters
-from .packing import ignores_padding, keeps_apart
+from .packing import isolates_segments, padding_invariant
 from .plain import mark_attached, not_compiled, peft_task, plain_model, unmark_attached
 from .recompute import recomputing, unbind_checkpoints
 from .routing import Opened
@@ -62,7 +62,7 @@ class Bank:
         with not_compiled(model):  # seen before anything stands in the way
             _, backbones = self.base.observed, self.base.backbones
         _ = self.fingerprint  # so that the first adapter loads as fast as the next
-        self._lookup = Lookup(self.adapters, partial(ignores_padding, self.base, self.alone))
+        self._lookup = Lookup(self.adapters, partial(padding_invariant, self.base, self.alone))
         self._fusing = Fusing(model, self.alone)
         self._sites = SiteHooks(self.base, self._lookup)
         self._entering = Entering(self.base, backbones, self._lookup, self._fusing.install)
@@ -243,7 +243,7 @@ class Bank:
     @cached_property
     def packs(self) -> bool:
         """Whether segments of a packed row stay apart in this base: found out by comparing two tiny ones."""
-        return keeps_apart(self.base, self.alone)
+        return isolates_segments(self.base, self.alone)
 
     def recomputing(self) -> AbstractContextManager[None]:
         """Gradient checkpointing for the forwards and backwards inside: less memory, more time, the same gradients.

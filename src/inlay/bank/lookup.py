@@ -19,18 +19,18 @@ __all__ = ["Lookup"]
 
 
 class Lookup:
-    """`adapters` by name, and their routes; `ignores_padding(behind_prefix)` finds out once what the base does."""
+    """`adapters` by name, and their routes; `padding_invariant(behind_prefix)` finds out once what the base does."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], ignores_padding: Callable[[bool], bool]) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter], padding_invariant: Callable[[bool], bool]) -> None:
         self.adapters, self.routing = adapters, Routing(adapters)
-        self._ignores_padding, self._padding = ignores_padding, {}
+        self._padding_invariant, self._padding = padding_invariant, {}
 
     def route_here(self) -> Route | None:
         return self.routing.current()
 
     def takes_padding(self, behind_prefix: bool) -> bool:
         if behind_prefix not in self._padding:
-            self._padding[behind_prefix] = self._ignores_padding(behind_prefix)
+            self._padding[behind_prefix] = self._padding_invariant(behind_prefix)
         return self._padding[behind_prefix]
 
     def virtual_length(self, blend: Blend) -> int:

@@ -15,14 +15,14 @@ from inlay.sites.backbone import cache_name
 from inlay.sites.observe import attention_sites, uses_interface
 from inlay.sites.structure import Structure
 
-__all__ = ["ignores_padding", "keeps_apart"]
+__all__ = ["isolates_segments", "padding_invariant"]
 
 
 Alone = Callable[..., AbstractContextManager[None]]
 """Opens a route of the plain base, for one row or for packed segments of the lengths that it is given."""
 
 
-def keeps_apart(base: Structure, alone: Alone) -> bool:
+def isolates_segments(base: Structure, alone: Alone) -> bool:
     """Whether tiny segments give the same states alone, packed, and packed with other tokens between them: recurrent
     and convolutional mixers carry state across."""
     model: Any = base.model
@@ -46,7 +46,7 @@ def keeps_apart(base: Structure, alone: Alone) -> bool:
     )
 
 
-def ignores_padding(base: Structure, alone: Alone, behind_prefix: bool) -> bool:
+def padding_invariant(base: Structure, alone: Alone, behind_prefix: bool) -> bool:
     """Whether a tiny row gives the same states with masked columns before it, whatever they hold; behind cached keys
     and values if so asked."""
     model: Any = base.model

@@ -58,7 +58,7 @@ def guarded(doing: str = "the command") -> Iterator[None]:
         raise
     except Exception as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        fail(f"{doing} failed ({type(error).__name__}: {why[:200]}). The whole story is in {_log(doing)}", 1)
+        fail(f"{doing} failed ({type(error).__name__}: {why[:200]}). More is in {_log(doing)}", 1)
 
 
 def _interrupt(number: int, frame: Any) -> None:
