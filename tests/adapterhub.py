@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from test_bottleneck import BASES
+import test_bottleneck
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "adapterhub_more.safetensors")
 FAMILIES = ("llama", "gpt2", "bert")
@@ -17,11 +17,7 @@ BOTTLENECK = {"down": "down.0.weight", "down_bias": "down.0.bias", "up": "up.wei
 
 
 def base_of(name):
-    model = BASES[name]().double().eval()
-    stored = {k.removeprefix(f"{name}/base/"): v for k, v in GOLDEN.items() if k.startswith(f"{name}/base/")}
-    model.load_state_dict(stored, strict=False)
-    model.tie_weights()
-    return model
+    return test_bottleneck.base_of(name, GOLDEN)
 
 
 def reference(name, kind, key):

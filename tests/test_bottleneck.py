@@ -41,9 +41,9 @@ NAMES = {"down": "adapter_down.0.weight", "down_bias": "adapter_down.0.bias", "u
 NAMES |= {"up_bias": "adapter_up.bias"}
 
 
-def base_of(name):
+def base_of(name, golden=GOLDEN):
     model = BASES[name]().double().eval()
-    stored = {k.removeprefix(f"{name}/base/"): v for k, v in GOLDEN.items() if k.startswith(f"{name}/base/")}
+    stored = {k.removeprefix(f"{name}/base/"): v for k, v in golden.items() if k.startswith(f"{name}/base/")}
     model.load_state_dict(stored, strict=False)
     model.tie_weights()
     return model

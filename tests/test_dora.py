@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 
 import inlay
+from curves import adamw_losses
 from inlay.bases.quantize import keep_layout
 from inlay.errors import FormatError
 from inlay.methods.dora import row_norms
@@ -103,17 +104,8 @@ def test_gradients_and_a_run_are_those_of_the_reference(name, tmp_path):
     bank = inlay.attach(make(name))
     adapter = bank.load("a", tmp_path)
     bank.set("a")
-    labels = IDS.flip(1)
-    losses = []
-    for model, parameters in ((bank.model, list(adapter.parameters())), (theirs, trained(theirs))):
-        optimizer, own = torch.optim.AdamW(parameters, lr=1e-2), []
-        for _ in range(8):
-            optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(model(input_ids=IDS).logits.flatten(0, 1), labels.flatten())
-            loss.backward()
-            own.append(loss.item())
-            optimizer.step()
-        losses.append(own)
+    pairs = ((bank.model, list(adapter.parameters())), (theirs, trained(theirs)))
+    losses = [adamw_losses(model, parameters, IDS, lr=1e-2, steps=8) for model, parameters in pairs]
     assert losses[0][0] - losses[0][-1] > 0.01
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0, atol=1e-7)
     theirs.eval()

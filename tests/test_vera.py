@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import inlay
+from curves import adamw_losses
 from inlay.errors import FormatError, UsageError
 from zoo import make
 
@@ -67,18 +68,10 @@ def test_a_fresh_adapter_trains_as_the_reference(name):
     adapter = bank.add("a", inlay.VeRA(r=6, targets=TARGETS[name]), seed=1)
     torch.testing.assert_close(logits(bank, "a"), logits(bank, None), rtol=0, atol=0)
     bank.set("a")
-    labels, losses = IDS.flip(1), []
     trained = [p for p in theirs.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == len(adapter)
-    for model, parameters in ((bank.model, list(adapter.parameters())), (theirs, trained)):
-        optimizer, own = torch.optim.AdamW(parameters, lr=0.05), []
-        for _ in range(10):
-            optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(model(input_ids=IDS).logits.flatten(0, 1), labels.flatten())
-            loss.backward()
-            own.append(loss.item())
-            optimizer.step()
-        losses.append(own)
+    pairs = ((bank.model, list(adapter.parameters())), (theirs, trained))
+    losses = [adamw_losses(model, parameters, IDS, lr=0.05, steps=10) for model, parameters in pairs]
     assert losses[0][0] - losses[0][-1] > 0.05
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0, atol=1e-7)
 

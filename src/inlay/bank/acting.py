@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from inlay.batch.forward import Forward
 from inlay.batch.noise import Dropper
+from inlay.batch.partition import in_order
 from inlay.batch.route import Route
 from inlay.errors import UsageError
 from inlay.methods.contract import LinearForm, Site
@@ -127,9 +128,7 @@ def act_in_turn(plan: SitePlan, scope: Scope, x: Tensor | None, y: Tensor) -> Te
         made = _chained(changed[number], scope, number, own_x, own_stream, taken(y, spans), len(y))
         sizes = [stop - start for start, stop in spans]
         pieces += [(start, part) for (start, _), part in zip(spans, made.split(sizes), strict=True)]
-    if len(pieces) == 1:
-        return pieces[0][1]
-    return torch.cat([piece for _, piece in sorted(pieces, key=lambda found: found[0])])
+    return in_order(pieces)
 
 
 def _chained(
@@ -190,5 +189,4 @@ def scaled_input(plan: SitePlan, scope: Scope, x: Tensor) -> Tensor:
         for start, stop in scope.spans(number, len(flat)):
             piece = flat[start:stop]
             pieces.append((start, piece * scales[number] if number in scales else piece))
-    made = [piece for _, piece in sorted(pieces, key=lambda found: found[0])]
-    return scope.layout.from_units(made[0] if len(made) == 1 else torch.cat(made), x)
+    return scope.layout.from_units(in_order(pieces), x)

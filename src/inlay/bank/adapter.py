@@ -42,7 +42,7 @@ class Part:
         """Take the constants that were read, or those that the settings say; where one of the `others` has the same,
         one copy serves both."""
         like = next(next(iter(self.sites.values())).module.parameters())
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        wide = _precision(like)
         own = self.constants or self.method.constants(list(self.sites.values()))
         own = {name: c.to(like.device, wide if c.is_floating_point() else c.dtype) for name, c in own.items()}
         alike = (p.constants for p in others if own and p.constants.keys() == own.keys())
@@ -114,35 +114,23 @@ class Adapter:
     def fresh(cls, name: str, methods: Sequence[Method], base: Structure, seed: int) -> Adapter:
         """New parameters for `methods`, drawn from `seed`. Raises: UsageError where two of them write to one place."""
         generator = torch.Generator().manual_seed(seed)
-        like = next(base.model.parameters())
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         parts = []
         for index, method in enumerate(methods):
             sites = method.sites(base)
             created = {site.path: method.create(site, generator) for site in sites}
             created[""] = method.shared(sites, generator)
-            params = {
-                path: {key: _parameter(method, key, value.to(like.device, dtype)) for key, value in values.items()}
-                for path, values in created.items()
-                if values
-            }
-            parts.append(Part(method, index, sites, params))
+            filled = {path: values for path, values in created.items() if values}
+            parts.append(Part(method, index, sites, _parameters(method, filled, base)))
         _check_apart(name, parts)
         return cls(name, parts, seed)
 
     @classmethod
     def of(cls, name: str, stored: Sequence[tuple[Method, Values]], base: Structure) -> Adapter:
         """An adapter of values that were read, in the shapes that the methods have here."""
-        like = next(base.model.parameters())
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         parts = []
         for index, (method, values) in enumerate(stored):
-            params = {
-                path: {key: _parameter(method, key, value.to(like.device, dtype)) for key, value in own.items()}
-                for path, own in values.items()
-                if path != CONSTANTS
-            }
-            part = Part(method, index, method.sites(base), params)
+            own = {path: value for path, value in values.items() if path != CONSTANTS}
+            part = Part(method, index, method.sites(base), _parameters(method, own, base))
             part.constants = values.get(CONSTANTS, {})
             parts.append(part)
         _check_apart(name, parts)
@@ -218,6 +206,20 @@ class Adapter:
     def layout(self) -> tuple[tuple[Key, torch.Size], ...]:
         """The names and shapes in the flats: adapters that have the same can be laid out together."""
         return tuple(entry for flat in self.flats for entry in flat.shapes.items())
+
+
+def _precision(like: Tensor) -> torch.dtype:
+    """The dtype of an adapter beside the base's weight `like`."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _parameters(method: Method, values: Values, base: Structure) -> dict[str, dict[str, nn.Parameter]]:
+    """`values` as parameters on the base's device."""
+    like = next(base.model.parameters())
+    return {
+        path: {key: _parameter(method, key, value.to(like.device, _precision(like))) for key, value in own.items()}
+        for path, own in values.items()
+    }
 
 
 def _parameter(method: Method, name: str, value: Tensor) -> nn.Parameter:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from inlay.batch.partition import in_order
 from inlay.errors import UsageError
 
 from .acting import Scope
@@ -37,7 +37,7 @@ def act_on_head(plan: SitePlan, scope: Scope, args: tuple[Any, ...], kwargs: Map
                 named = {name: _rows_of(value, rows, start, stop) for name, value in kwargs.items()}
                 own = _through(acts, scope, tuple(given), named, own)
             pieces.append((start, own))
-    made = torch.cat([piece for _, piece in sorted(pieces, key=lambda found: found[0])])
+    made = in_order(pieces)
     return (made, *out[1:]) if isinstance(out, tuple) else made
 
 

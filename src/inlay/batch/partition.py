@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .route import Blend
 
-__all__ = ["Partition", "Share"]
+__all__ = ["Partition", "Share", "in_order"]
 
 Span = tuple[int, int]
 
@@ -46,7 +47,8 @@ class Partition:
         self.total = start
         self.shares = [Share(blend, tuple(members[blend]), tuple(spans[blend])) for blend in members]
 
-    def cut(self, tensor: Tensor) -> list[list[Tensor]]:
-        """For each share, the pieces of `tensor` (total * n, ...) at its spans."""
-        scale = len(tensor) // max(1, self.total)
-        return [[tensor[a * scale : b * scale] for a, b in share.spans] for share in self.shares]
+
+def in_order(pieces: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """Pieces of dimension 0, each with where it starts, as one tensor."""
+    found = [piece for _, piece in sorted(pieces, key=lambda entry: entry[0])]
+    return found[0] if len(found) == 1 else torch.cat(found)
