@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from inlay.cli.app import app
 from inlay.methods.table import METHODS
+from zoo import FITTING
 
 WORDS = ["--template", r"Review: {text}\nSentiment:", "--verbalizer", "0=negative,1=positive"]
 
@@ -98,7 +99,7 @@ def test_generate_and_merge(trained, base_folder, tmp_path):
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_trains_from_the_command(method, base_folder, reviews, tmp_path):
-    more = ["--set", "add_bias=true"] if method == "bitfit" else []  # the base has no biases
+    more = [word for key, value in FITTING.get(method, {}).items() for word in ("--set", f"{key}={value}".lower())]
     result = answer(
         "train", "--base", base_folder, "--data", reviews, "--out", tmp_path / "run", *WORDS, "--method", method,
         "--steps", 2, "--heldout", "0", *more,

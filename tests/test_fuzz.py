@@ -25,6 +25,7 @@ from inlay.errors import InlayError
 from inlay.methods.table import METHODS
 from inlay.runs.settings import Settings, make_method
 from inlay.values import fields_of
+from zoo import FITTING
 
 settings.register_profile(
     "ci", deadline=None, derandomize=not os.environ.get("INLAY_FUZZ"), database=None,
@@ -132,7 +133,7 @@ def saved(bank, tmp_path_factory):
     folders = {}
     for name, kind in METHODS.items():
         folders[name] = tmp_path_factory.mktemp("saved") / name
-        bank.add(name, kind(add_bias=True) if name == "bitfit" else kind())  # the base has no biases
+        bank.add(name, kind(**FITTING.get(name, {})))
         bank.save(name, folders[name], notes={"max_length": 64, "template": {"kind": "text", "answer": "text"}})
         bank.remove(name)
     return folders

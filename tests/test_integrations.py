@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
+from peft.optimizers import create_loraplus_optimizer
 
 import inlay
 from inlay.errors import UsageError
@@ -50,13 +51,14 @@ def losses(trainer):
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def started_alike(name="llama"):
+def started_alike(name="llama", dropout=0.0, **more):
     """Our bank and a PEFT model with the same LoRA weights."""
     theirs = peft.get_peft_model(
-        make(name), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+        make(name),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=dropout),
     ).double()
     bank = inlay.attach(make(name))
-    bank.add("it", inlay.LoRA(r=4, alpha=8, targets=["q_proj", "v_proj"]), seed=0)
+    bank.add("it", inlay.LoRA(r=4, alpha=8, targets=["q_proj", "v_proj"], dropout=dropout, **more), seed=0)
     stored = dict(theirs.named_parameters())
     with torch.no_grad():
         for path, own in bank.adapters["it"].params.items():
@@ -85,6 +87,79 @@ def test_trainer_has_pefts_losses_with_clipping_and_accumulation(checkpointing, 
     torch.testing.assert_close(loaded(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
     bank.model.eval()
     torch.testing.assert_close(bank.model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_dropout_and_neftune_act_as_with_peft(checkpointing, tmp_path):
+    bank, theirs = started_alike(dropout=0.4)
+    more = {"neftune_noise_alpha": 5.0}
+    if checkpointing is not None:
+        more |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
+        for model in (bank.model, theirs.base_model.model):
+            model.enable_input_require_grads()
+    expected = losses(tf.Trainer(model=theirs, args=arguments(tmp_path / "a", **more), train_dataset=rows()))
+    found = losses(ours(bank, tmp_path / "b", **more))
+    assert found == pytest.approx(expected, rel=1e-6)
+    without, _ = started_alike()
+    assert losses(ours(without, tmp_path / "c", neftune_noise_alpha=5.0)) != pytest.approx(expected, rel=1e-4)
+
+
+def test_lora_plus_has_its_rates_in_a_trainer(tmp_path):
+    bank, theirs = started_alike(loraplus_lr_ratio=16)
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
+    )
+    trainer = tf.Trainer(
+        model=theirs, args=arguments(tmp_path / "a"), train_dataset=rows(), optimizers=(optimizer, None)
+    )
+    expected = losses(trainer)
+    assert losses(ours(bank, tmp_path / "b")) == pytest.approx(expected, rel=1e-6)
+    plain, _ = started_alike()
+    assert losses(ours(plain, tmp_path / "c")) != pytest.approx(expected, rel=1e-3)
+
+
+def test_an_optimizer_without_the_rates_of_lora_plus_is_named(tmp_path):
+    bank, _ = started_alike(loraplus_lr_ratio=16)
+    with pytest.warns(UserWarning, match="parameter_groups"):
+        own = torch.optim.AdamW(list(bank.parameters("it")), lr=1e-2)
+    trainer = tf.Trainer(
+        model=bank.model, args=arguments(tmp_path, max_steps=1), train_dataset=rows(), optimizers=(own, None)
+    )
+    inlay.InlayCallback(bank, "it").install(trainer)
+    with pytest.warns(UserWarning, match="rates"):
+        trainer.train()
+
+
+def test_evaluate_before_training_scores_the_adapter(tmp_path):
+    bank, _ = started_alike()
+    with torch.no_grad():
+        for parameter in bank.parameters("it"):
+            parameter.add_(torch.randn_like(parameter))
+    trainer = ours(bank, tmp_path)
+    found = trainer.evaluate()["eval_loss"]
+    bank.set(None)
+    assert abs(found - trainer.evaluate()["eval_loss"]) > 1e-3
+    bank.set("it")
+    assert trainer.evaluate()["eval_loss"] == found
+
+
+def test_training_under_the_route_of_another_is_no_training(tmp_path):
+    bank, _ = started_alike()
+    with bank.route([None]), pytest.raises((UsageError, RuntimeError), match=r"no gradient reached|does not require"):
+        ours(bank, tmp_path).train()
+
+
+@pytest.mark.parametrize("setting", ["fsdp", "deepspeed", "n_gpu"])
+def test_a_base_that_would_be_sharded_or_copied_is_refused(setting, tmp_path):
+    bank, _ = started_alike()
+    args = arguments(tmp_path)
+    trainer = tf.Trainer(model=bank.model, args=args, train_dataset=rows())
+    if setting == "n_gpu":
+        args._n_gpu = 2
+    else:
+        setattr(args, setting, {"some": 1})
+    with pytest.raises(UsageError, match=r"shards|copy the base"):
+        inlay.InlayCallback(bank, "it").install(trainer)
 
 
 @pytest.mark.parametrize(

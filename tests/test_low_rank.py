@@ -62,7 +62,7 @@ def leaves(x, products):
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("rides_along", [False, True])
 def test_values_and_gradients_are_those_of_each_product_alone(pad, masked, rides_along, monkeypatch):
-    monkeypatch.setattr(kernel, "_pads", lambda x: pad)
+    monkeypatch.setattr(kernel, "pads", lambda x, shapes: pad)
     x, weight, products = made(masked)
     expected = plain(x, weight, products)
     seed = torch.randn_like(expected)
@@ -78,7 +78,7 @@ def test_values_and_gradients_are_those_of_each_product_alone(pad, masked, rides
 
 @pytest.mark.parametrize("pad", [False, True], ids=["one by one", "padded"])
 def test_a_neighbour_that_is_no_number_changes_nothing(pad, monkeypatch):
-    monkeypatch.setattr(kernel, "_pads", lambda x: pad)
+    monkeypatch.setattr(kernel, "pads", lambda x, shapes: pad)
     x, weight, products = made()
     expected = low_rank(x, x.detach() @ weight.t(), products, weight)
     wanted = torch.autograd.grad(expected[:5].sum(), [products[0].down, x])
@@ -130,8 +130,8 @@ def test_rows_that_write_together_have_the_logits_of_each_alone(monkeypatch):
     with torch.no_grad():
         for parameter in bank.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    calls, asked = [], applying.act_on_few
-    monkeypatch.setattr(applying, "act_on_few", lambda *args: calls.append(1) or asked(*args))
+    calls, asked = [], applying.step_of
+    monkeypatch.setattr(applying, "step_of", lambda *args: calls.append(1) or asked(*args))
     rows = ["a", None, "b", "c", "a", "d", "e", "f", "g", "h", "i", "j", ["a", "c"], {"b": 0.5}]
     ids = torch.randint(3, 40, (len(rows), 8))
 

@@ -178,11 +178,16 @@ def test_weights_that_are_read_without_a_call_are_left_out():
     assert set(siglip.observed.unusable) == {"head.attention.out_proj"}
 
 
-def test_what_a_forward_did_not_reach_is_kept():
+def test_towers_are_seen_beside_the_text():
     base = base_of("llava")
     tower = [s.path for s in base.projections if "vision_tower" in s.path]
-    assert base.observed.silent(tower) == tower and not base.observed.unusable
+    assert base.observed.silent(tower) == [] and not base.observed.unusable
     assert {s.path for s in select_projections(base, "all-linear")} >= set(tower)
+    assert base.observed.other_input >= set(tower)
+    assert not any("vision_tower" in path for path in (s.path for s in attention_sites(base)))
+
+
+def test_what_a_forward_did_not_reach_is_kept():
     experts = find(make("mixtral"))
     assert experts.observed.ran and not experts.observed.unusable
 

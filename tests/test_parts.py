@@ -100,7 +100,7 @@ def test_parts_that_undo_one_another_are_refused(tmp_path):
         with pytest.raises(UsageError, match=f"replaces classifier, where {inner.title} acts"):
             bank.add("a", [inner, METHODS["head"]()])
     with pytest.raises(UsageError, match=r"replaces classifier\.dense, where LoRA acts"):
-        bank.add("a", [METHODS["head"](targets=["classifier.dense"]), inlay.LoRA(targets=["dense"])])
+        bank.add("a", [inlay.LoRA(targets=["dense"]), METHODS["head"](targets=["classifier.dense"])])
     with pytest.raises(UsageError, match="are both LoRA at"):
         bank.add("a", [inlay.LoRA(targets=["query"]), inlay.LoRA(r=2)])
     assert not bank.adapters
@@ -160,7 +160,7 @@ def test_tensors_that_are_missing_extra_or_misshapen_are_named(folder, change, n
         (lambda c: {**c, "parts": [{**c["parts"][0], "peft_type": "WHAT"}, c["parts"][1]]}, "part 0 .*'WHAT'"),
         (lambda c: {**c, "parts": [{**c["parts"][0], "r": -1}, c["parts"][1]]}, "part 0 .* r is -1"),
         (lambda c: {**c, "parts": [{"peft_type": "LOREFT"}, c["parts"][1]]}, "part 0 .* lacks the field 'r'"),
-        (lambda c: {**c, "parts": [c["parts"][0], {**c["parts"][1], "bias": "all"}]}, "part 1 .*bias"),
+        (lambda c: {**c, "parts": [c["parts"][0], {**c["parts"][1], "bias": "some"}]}, "part 1 .*bias"),
         (lambda c: {**c, "parts": c["parts"][:1]}, "which is of no part"),
     ],
 )

@@ -168,3 +168,10 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> tf.Pre
             else:  # the usual start is so small that attention would hardly matter
                 parameter.mul_(4)
     return model.to(dtype)
+
+
+FITTING = {
+    "bitfit": {"add_bias": True}, "miss": {"r": 4}, "hira": {"r": 2}, "road": {"group_size": 8}, "randlora": {"r": 4},
+    "c3a": {"block_size": 8}, "gralora": {"r": 4}, "shira": {"r": 2},
+}  # fmt: skip
+"""By the name of a method: settings that fit such bases, where its defaults are for wider ones or for biases."""

@@ -9,6 +9,7 @@ from inlay.methods.table import CLASSES
 
 if TYPE_CHECKING:
     from inlay.bank.bank import Bank, attach
+    from inlay.integrations.module import InlayModule
     from inlay.integrations.trainer import InlayCallback
     from inlay.methods.table import *  # noqa: F403
 
@@ -18,11 +19,12 @@ _WHERE = {
     "Bank": "inlay.bank.bank",
     "attach": "inlay.bank.bank",
     "InlayCallback": "inlay.integrations.trainer",
+    "InlayModule": "inlay.integrations.module",
     **{kind: f"inlay.methods.{module}" for module, _, kind in (entry.partition(".") for entry in CLASSES.values())},
 }
 """The public names, every method's class among them, and the modules they are in."""
 
-__all__ = ["Bank", "InlayCallback", "__version__", "attach"]
+__all__ = ["Bank", "InlayCallback", "InlayModule", "__version__", "attach"]
 __all__ += sorted({*_WHERE} - {*__all__})  # pyright: ignore[reportUnsupportedDunderAll]
 
 

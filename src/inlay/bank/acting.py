@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,19 +21,21 @@ from inlay.methods.contract import LinearForm, Site
 from .adapter import Adapter
 from .plan import Act, SitePlan
 
-__all__ = ["Scope", "act_in_turn", "scaled_input"]
+__all__ = ["Scope", "act_in_turn", "input_scales", "scaled_input", "unseen"]
 
 Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(eq=False)
 class Scope:
-    """One activation at a site: the route that it runs under, how its tokens lie, and the forward it belongs to."""
+    """One activation at a site: the route that it runs under, how its tokens lie, and the forward it belongs to;
+    `drops` is as in `Forward`."""
 
     site: Site
     route: Route
     layout: Any
     forward: Forward | None
+    drops: bool = False
 
     @cached_property
     def cache(self) -> dict[Any, Any]:
@@ -56,10 +58,10 @@ class Scope:
         for first, *others in alike.values():
             first.lay_out(dtype, self.cache, others)
 
-    def dropper(self, act: Act, number: int, vectors: int) -> Dropper | None:
+    def dropper(self, act: Act, number: int, vectors: int) -> Callable[[Tensor, float], Tensor] | None:
         noise, partition = self.route.noise, self.layout.partition
         if noise is None:
-            return None
+            return F.dropout if self.drops else None
         each = vectors // partition.total
         units = [
             (noise.steps[member], noise.samples[member], lead, count)
@@ -67,10 +69,14 @@ class Scope:
         ]
         return Dropper(act.adapter.seed, act.part.key(self.site.path), units)
 
+    def masked(self, act: Act) -> bool:
+        """Whether D sees its input through a mask."""
+        return bool(act.part.method.form_dropout()) and (self.drops or self.route.noise is not None)
+
     def mask(self, act: Act, number: int, spans: Spans, x: Tensor) -> Tensor | None:
         """What D's input is multiplied with, (tokens of the spans, in); None where nothing is dropped."""
         p = act.part.method.form_dropout()
-        dropper = self.dropper(act, number, len(x)) if p else None
+        dropper = self.dropper(act, number, len(x)) if self.masked(act) else None
         return None if dropper is None else dropper(x.new_ones(sum(b - a for a, b in spans), x.shape[-1]), p)
 
 
@@ -105,6 +111,12 @@ class ShareTokens:
     def dropout(self, x: Tensor, p: float) -> Tensor:
         dropper = self._scope.dropper(self._act, self._number, self._vectors) if p else None
         return x if dropper is None else dropper(x, p)
+
+    def normal(self, like: Tensor) -> Tensor | None:
+        dropper = self._scope.dropper(self._act, self._number, self._vectors)
+        if isinstance(dropper, Dropper):
+            return dropper.normal(like)
+        return None if dropper is None else torch.randn_like(like)
 
 
 def taken(tensor: Tensor, spans: Spans) -> Tensor:
@@ -143,17 +155,23 @@ def _chained(
         start = out if act.weight is None else y
         seen = stream if site.kind == "sublayer" else x
         if seen is None:
-            raise UsageError(
-                f"what {site.path} adds to was not seen in this forward", "Choose other layers, or a method without it."
-            )
+            raise unseen(site)
         method = act.part.method
         if method.has_form():
             form = act.part.form(site.path, y.dtype, scope.cache)
-            new = applied(form, site, tokens.dropout(seen, method.form_dropout()), seen, start)
+            dropped = seen if site.is_embedding else tokens.dropout(seen, method.form_dropout())  # ids have no shares
+            new = applied(form, site, dropped, seen, start)
         else:
             new = method.output(act.part.at(site.path, y.dtype, scope.cache), seen, start, site, tokens)
         out = new if act.weight is None else out + act.weight * (new - y)
     return out
+
+
+def unseen(site: Site) -> UsageError:
+    """What to raise at a sublayer whose residual stream no hook has seen."""
+    return UsageError(
+        f"what {site.path} adds to was not seen in this forward", "Choose other layers, or a method without it."
+    )
 
 
 def applied(form: LinearForm, site: Site, dropped: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -170,20 +188,25 @@ def applied(form: LinearForm, site: Site, dropped: Tensor, x: Tensor, y: Tensor)
     return y if form.shift is None else (y + form.shift).to(y.dtype)
 
 
-def scaled_input(plan: SitePlan, scope: Scope, x: Tensor) -> Tensor:
-    """x, of whatever shape, with the shares of the plan's `scaled` multiplied by the input scales of their forms."""
-    flat = scope.layout.to_units(x, x.shape[-1])
+def input_scales(plan: SitePlan, scope: Scope, dtype: torch.dtype) -> dict[int, Tensor]:
+    """What the input (..., in) of each share of the plan's `scaled` is multiplied with, (in,)."""
     scales: dict[int, Tensor] = {}
     for number, acts in plan.scaled:
-        scope.lay_out([act.adapter for act in acts], x.dtype)
+        scope.lay_out([act.adapter for act in acts], dtype)
         for act in acts:
             if not act.part.method.has_form():
                 continue
-            scale = act.part.form(scope.site.path, x.dtype, scope.cache).in_scale
+            scale = act.part.form(scope.site.path, dtype, scope.cache).in_scale
             if scale is None:
                 continue
             scale = scale if act.weight is None else 1 + act.weight * (scale - 1)
             scales[number] = scales[number] * scale if number in scales else scale
+    return scales
+
+
+def scaled_input(plan: SitePlan, scope: Scope, x: Tensor) -> Tensor:
+    """x, of whatever shape, with the shares of the plan's `scaled` multiplied by the input scales of their forms."""
+    flat, scales = scope.layout.to_units(x, x.shape[-1]), input_scales(plan, scope, x.dtype)
     pieces = []
     for number in range(len(scope.layout.partition.shares)):
         for start, stop in scope.spans(number, len(flat)):

@@ -65,7 +65,7 @@ class Part:
         return cache[spot]
 
     def form(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> LinearForm:
-        return self.method.form(self.at(path, dtype, cache), self.sites[path])
+        return self.method.form(self.at(path, dtype, cache), self.sites[path]).cast(dtype)
 
     def _trained(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> Params:
         # Sites compute theirs anew, so that a block that is computed again does as much as it did at first.
@@ -104,11 +104,12 @@ class Part:
 
 class Adapter:
     """An adapter `name` of `parts`. `seed` sets its start and its dropout. While it is trained as few flat tensors,
-    `flats` holds them all."""
+    `flats` holds them all. `grouped` is whether an optimizer was given its parameters by their rates."""
 
     def __init__(self, name: str, parts: Sequence[Part], seed: int) -> None:
         self.name, self.parts, self.seed = name, list(parts), seed
         self.flats: Sequence[Flat] = ()
+        self.grouped = False
 
     @classmethod
     def fresh(cls, name: str, methods: Sequence[Method], base: Structure, seed: int) -> Adapter:
@@ -148,6 +149,17 @@ class Adapter:
         part = next(p for p in self.parts if any(p.key(path) == key for path in p.params))
         path = key if not part.index else key.partition(":")[2]
         return part.method.rate(part.sites.get(path), name)
+
+    def by_rate(self) -> dict[float, dict[Key, nn.Parameter]]:
+        """What is trained, by what its learning rate is multiplied with: more than one entry with LoRA+, for one."""
+        groups: dict[float, dict[Key, nn.Parameter]] = {}
+        for part in self.parts:
+            for path, own in part.params.items():
+                for name, parameter in own.items():
+                    if parameter.requires_grad:
+                        rate = part.method.rate(part.sites.get(path), name)
+                        groups.setdefault(rate, {})[part.key(path), name] = parameter
+        return groups
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every trainable tensor, in the order of the base's modules."""
@@ -228,7 +240,8 @@ def _parameter(method: Method, name: str, value: Tensor) -> nn.Parameter:
 
 def _check_apart(name: str, parts: Sequence[Part]) -> None:
     """Parts may meet at a site, where the later one takes the output of the earlier. Two of one kind may not, and
-    nothing may stand at or in a module that another part replaces."""
+    nothing may stand in a module that another part replaces, nor at it, unless it comes later and the module is one
+    layer."""
     seen: dict[tuple[type[Method], str], int] = {}
     for part in parts:
         for path in part.sites:
@@ -243,7 +256,11 @@ def _check_apart(name: str, parts: Sequence[Part]) -> None:
 
 
 def _inside(path: str, part: Part, parts: Sequence[Part]) -> str | None:
-    """The title of another part that acts at the module `path` or in it."""
+    """The title of another part that acts in the module `path`, or at it before `part` could replace it."""
     acting = ((p, s) for p in parts if p is not part for s in p.sites.values() if s.kind not in ("attention", "tokens"))
-    found = (p.method.title for p, site in acting if f"{site.path}.".startswith(f"{path}."))
-    return next(found, None)
+    layer = part.sites[path].kind != "head"
+    for other, site in acting:
+        behind = layer and site.path == path and other.index > part.index
+        if f"{site.path}.".startswith(f"{path}.") and not behind:
+            return other.method.title
+    return None

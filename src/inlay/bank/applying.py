@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.batch.forward import FORWARD, IN_MODEL, Forward
+from inlay.batch.forward import FORWARD, Forward
 from inlay.kernels.low_rank import Product, low_rank
 from inlay.kernels.scale_shift import Scaled, scale_shift
+from inlay.kernels.standin import StandIn
 from inlay.methods.contract import LinearForm, Site
 from inlay.sites.observe import first_tensor
 from inlay.sites.structure import Structure
@@ -18,11 +20,14 @@ from inlay.sites.structure import Structure
 from .acting import Scope, act_in_turn, scaled_input
 from .adapter import Part
 from .behind import Behind
+from .experts import stand_in_for
 from .heads import act_on_head
 from .hooks import Hook
+from .inside import Second, laid_out
 from .lookup import Lookup
 from .plan import SitePlan, plan_at
-from .slots import act_on_few, suits
+from .sharing import forms_at, shared_low
+from .steps import Step, goes_on, input_rows, step_of
 
 __all__ = ["SiteHooks"]
 
@@ -33,8 +38,10 @@ class SiteHooks:
     def __init__(self, base: Structure, bank: Lookup) -> None:
         self.base, self.bank = base, bank
         self._users: dict[str, int] = {}  # path of a hooked module -> how many parts act there
-        self._hooks: list[Hook] = []
+        self._hooks: list[Hook | StandIn] = []
+        self._scaled: set[str] = set()  # paths of modules whose input some part has scaled
         self._streams_watched = False
+        self._mixtures: set[nn.Module] = set()  # whose forward has a stand-in
 
     def add(self, part: Part) -> None:
         for site in part.sites.values():
@@ -46,6 +53,8 @@ class SiteHooks:
                 self._users[site.path] = 0
                 self._hook(site)
             self._users[site.path] += 1
+            if part.method.scales_input(site):
+                self._scaled.add(site.path)
 
     def forget(self, part: Part) -> None:
         for path in part.sites:
@@ -60,6 +69,9 @@ class SiteHooks:
     # ---- hooks
 
     def _hook(self, site: Site) -> None:
+        if site.kind == "experts":
+            self._stand_in(site)
+            return
         path = site.path
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -69,6 +81,13 @@ class SiteHooks:
             return self._after(site, module, args, kwargs, out) if self._users.get(path) else None
 
         self._hooks += [Hook.before(site.module, before, named=True), Hook.after(site.module, after, named=True)]
+
+    def _stand_in(self, site: Site) -> None:
+        """One stand-in serves all matrices of a mixture's module."""
+        if site.module not in self._mixtures:
+            self._mixtures.add(site.module)
+            sites = {own.name: own for own in self.base.experts if own.module is site.module}
+            self._hooks.append(stand_in_for(self.base.mixtures[site.module], sites, self._scope))
 
     def _watch_streams(self) -> None:
         """Let forwards remember, for each sublayer, the residual stream that its output is added to."""
@@ -98,18 +117,27 @@ class SiteHooks:
         if route is None or not any(route.blends):
             return None
         if forward is not None and not forward.behind:
-            layout: Any = forward.layout
-            plan = plan_at(site.path, route, layout.blends, self.bank.adapters)
-            return None if plan is None else (plan, Scope(site, route, layout, forward))
-        plan = plan_at(site.path, route, route.blends, self.bank.adapters)
-        if plan is None:
+            plan = plan_at(site.path, route, forward.layout.blends, self.bank.adapters)
+            if plan is None:
+                return None
+            inner: Any = laid_out(forward.layout, site, value, self.base.observed)
+            return plan, Scope(site, route, inner, forward, forward.drops)
+        if plan_at(site.path, route, route.blends, self.bank.adapters) is None:
             return None
         width = value.shape[-1] if value.is_floating_point() else None
-        before = forward is None and IN_MODEL.get() is self.bank
-        return plan, Scope(site, route, Behind.of(route, value, width, before), forward)
+        drops = torch.is_grad_enabled() and self.base.model.training if forward is None else forward.drops
+        before = None if forward is None else forward.before
+        layout = Behind.of(route, value, width, forward is None) if before is None else before.of(site, value, width)
+        plan = plan_at(site.path, layout.route, layout.blends, self.bank.adapters)
+        return None if plan is None else (plan, Scope(site, layout.route, layout, forward, drops))
 
     def _before(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = first_tensor(args, kwargs)
+        if site.path not in self._scaled and not torch.is_grad_enabled():
+            return None
+        x, forward = first_tensor(args, kwargs), FORWARD.get()
+        if x is not None and forward is not None and goes_on(forward, self.bank):
+            rows = self._input_rows(site, forward, x)
+            return None if rows is None else _with_first(args, kwargs, x, x * rows)
         found = None if x is None else self._scope(site, x)
         if x is None or found is None:
             return None
@@ -124,6 +152,10 @@ class SiteHooks:
         y = out[0] if isinstance(out, tuple) else out
         if not isinstance(y, Tensor) or not y.is_floating_point():
             return None
+        forward = FORWARD.get()
+        if forward is not None and goes_on(forward, self.bank) and (step := self._step(site, forward, y)) is not None:
+            made = step(forward, first_tensor(args, kwargs), y, _fresh(module, y))
+            return made if not isinstance(out, tuple) else (made, *out[1:])
         found = self._scope(site, y)
         if found is None:
             return None
@@ -143,6 +175,25 @@ class SiteHooks:
             made = scope.layout.from_units(flat, y)
         return made if not isinstance(out, tuple) else (made, *out[1:])
 
+    # ---- steps that go on from a cache
+
+    def _step(self, site: Site, forward: Forward, y: Tensor) -> Step | None:
+        """What the site does at every step; None where that has to be found anew."""
+        spot = "step", site.path, y.shape, y.dtype
+        if spot not in forward.cache:
+            found, same = self._scope(site, y), self.base.observed.same_input.get(site.path, ())
+            made = Step(site, (), None) if found is None else step_of(*found, y, same, self.bank.adapters)
+            forward.cache[spot] = made
+        return forward.cache[spot]
+
+    def _input_rows(self, site: Site, forward: Forward, x: Tensor) -> Tensor | None:
+        """What x is multiplied with before the module reads it."""
+        spot = "input rows", site.path, x.shape, x.dtype
+        if spot not in forward.cache:
+            found = self._scope(site, x)
+            forward.cache[spot] = input_rows(*found, x) if found is not None and found[0].scaled else None
+        return forward.cache[spot]
+
     # ---- linear layers
 
     def _rides_along(self, plan: SitePlan, scope: Scope, module: nn.Module, x: Tensor) -> bool:
@@ -159,34 +210,40 @@ class SiteHooks:
         self, plan: SitePlan, scope: Scope, module: nn.Module, x: Tensor, y: Tensor, rides_along: bool
     ) -> Tensor:
         """The output y (..., out) of a linear layer, changed by all forms at once."""
+        if isinstance(scope.layout, Second):
+            turn, turned = scope.layout.turn, replace(scope, layout=scope.layout.layout)
+            return turn(self._together(plan, turned, module, turn(x), turn(y), rides_along))
         vectors = scope.layout.to_units(x, x.shape[-1])
-        if suits(plan, scope, len(vectors)):
-            same = self.base.observed.same_input.get(scope.site.path, (scope.site.path,))
-            flat = y.view(-1, y.shape[-1])
-            return act_on_few(plan, scope, vectors, flat, same, self.bank.adapters).view(y.shape)
-        products, scaled = self._computed(plan, scope, vectors, y)
+        same = self.base.observed.same_input.get(scope.site.path, ())
+        shared = shared_low(plan, scope, x, y.dtype, same, self.bank.adapters)
+        forms, low = (forms_at(plan, scope, y.dtype), None) if shared is None else shared
+        products, scaled = _computed(plan, scope, vectors, forms, low is not None)
         if products or rides_along:
             weight: Any = module.weight if rides_along else None
             fresh = _fresh(module, y)
             with torch.autocast(y.device.type, enabled=False):
-                made = low_rank(x.to(y.dtype), y if fresh is None else fresh, products, weight, fresh is not None)
+                into = y if fresh is None else fresh
+                made = low_rank(x.to(y.dtype), into, products, weight, fresh is not None, low)
             y = made.view(y.shape)
         return scale_shift(y.view(-1, y.shape[-1]), scaled).view(y.shape) if scaled else y
 
-    def _computed(self, plan: SitePlan, scope: Scope, x: Tensor, y: Tensor) -> tuple[list[Product], list[Scaled]]:
-        """The products and scales of all forms, over their spans of the flat x and y."""
-        products: list[Product] = []
-        scaled: list[Scaled] = []
-        scope.lay_out([act.adapter for _, act in plan.forms], y.dtype)
-        for number, act in plan.forms:
-            form: LinearForm = act.part.form(scope.site.path, y.dtype, scope.cache)
-            spans = scope.spans(number, len(x))
-            if form.down is not None and form.up is not None:
-                mask = scope.mask(act, number, spans, x)
-                products.append(Product(spans, form.scale, form.down, form.up, form.middle, form.outer, mask))
-            if form.out_scale is not None or form.shift is not None:
-                scaled.append(Scaled(spans, form.out_scale, form.shift))
-        return products, scaled
+
+def _computed(
+    plan: SitePlan, scope: Scope, x: Tensor, forms: Mapping[int, LinearForm], shared: bool
+) -> tuple[list[Product], list[Scaled]]:
+    """The products and scales of all forms, over their spans of the flat x and y; where x D^T is `shared`, the products
+    that drop nothing have no D."""
+    products: list[Product] = []
+    scaled: list[Scaled] = []
+    for number, act in plan.forms:
+        form, spans = forms[number], scope.spans(number, len(x))
+        if form.down is not None and form.up is not None:
+            mask = scope.mask(act, number, spans, x)
+            down = None if shared and not scope.masked(act) else form.down
+            products.append(Product(spans, form.scale, down, form.up, form.middle, form.outer, mask))
+        if form.out_scale is not None or form.shift is not None:
+            scaled.append(Scaled(spans, form.out_scale, form.shift))
+    return products, scaled
 
 
 def _with_first(

@@ -31,10 +31,12 @@ from .fusing import Fusing
 from .lookup import Lookup
 from .merging import merged_parameters
 from .packing import isolates_segments, padding_invariant
-from .plain import mark_attached, not_compiled, peft_task, plain_model, unmark_attached
+from .plain import NotCopied, mark_attached, not_compiled, peft_task, plain_model, unmark_attached
+from .rates import groups_of, warn_of_rates
 from .recompute import recomputing, unbind_checkpoints
 from .routing import Opened
 from .tying import untie
+from .unchanged import Unchanged
 
 __all__ = ["Bank", "attach"]
 
@@ -48,7 +50,7 @@ def attach(model: nn.Module) -> Bank:
     return Bank(plain_model(model))
 
 
-class Bank:
+class Bank(NotCopied):
     """Adapters by name over one frozen base.
 
     The ordinary call `model(input_ids=..., attention_mask=...)` and `model.generate` follow the route in force. Routes
@@ -58,14 +60,16 @@ class Bank:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.base = model, find(model)
         self.adapters: dict[str, Adapter] = {}
+        self._merged = False
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         with not_compiled(model):  # seen before anything stands in the way
             _, backbones = self.base.observed, self.base.backbones
         _ = self.fingerprint  # so that the first adapter loads as fast as the next
+        self._unchanged = Unchanged(model)
         self._lookup = Lookup(self.adapters, partial(padding_invariant, self.base, self.alone))
         self._fusing = Fusing(model, self.alone)
         self._sites = SiteHooks(self.base, self._lookup)
-        self._entering = Entering(self.base, backbones, self._lookup, self._fusing.install)
+        self._entering = Entering(self.base, backbones, self._lookup, self._fusing.install, self._unchanged.check)
         try:
             model.requires_grad_(False)
             watch(model)
@@ -103,7 +107,7 @@ class Bank:
         """
         self._check_free(name)
         if Path(path).is_file():
-            return self._keep(Adapter.of(name, [read_loralib(Path(path), self.base, alpha, enabled)], self.base))
+            return self._keep(Adapter.of(name, read_loralib(Path(path), self.base, alpha, enabled), self.base))
         if alpha is not None or enabled is not None:
             raise UsageError(f"{path} says its alpha itself", "Leave alpha and enabled out.")
         folder = adapter_folder(path)
@@ -130,13 +134,14 @@ class Bank:
         "loralib" writes a LoRA to one file; `enabled` says which parts of fused weights it adapts.
         """
         adapter = self._named(name)
+        self._unchanged.check()
         if format not in ("peft", "loralib"):
             raise UsageError(f"adapters cannot be saved as {format!r}", 'Formats: "peft", "loralib".')
         if format == "loralib":
             write_loralib(Path(path), adapter.parts, enabled)
             return
-        base_name = str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
-        write_peft(Path(path), adapter.parts, base_name, peft_task(self.model))
+        base_name = "" if self._merged else str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
+        write_peft(Path(path), adapter.parts, self.base, base_name, peft_task(self.model, adapter.parts))
         write_json(Path(path) / NOTES, {"base": base_name, "fingerprint": self.fingerprint, **(notes or {})})
 
     def remove(self, name: str) -> None:
@@ -149,11 +154,20 @@ class Bank:
             self._sites.forget(part)
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
-        """The trainable tensors of one adapter, or of all."""
-        for adapter in [self.adapters[name]] if name is not None else self.adapters.values():
+        """The trainable tensors of one adapter, or of all. Warns once of an adapter that wants several learning rates
+        (LoRA+ for one): an optimizer is to get its `parameter_groups`."""
+        for adapter in [self._named(name)] if name is not None else self.adapters.values():
+            warn_of_rates(adapter)
             yield from adapter.parameters()
 
+    def parameter_groups(self, lr: float, name: str | None = None, **settings: Any) -> list[dict[str, Any]]:
+        """The trainable tensors of one adapter, or of all, as groups for a torch optimizer: each with its rate, that is
+        `lr` times what its method says (LoRA+), and with `settings` (`weight_decay` for one)."""
+        chosen = [self._named(name)] if name is not None else list(self.adapters.values())
+        return [group for adapter in chosen for group in groups_of(adapter, lr, settings)]
+
     def _check_free(self, name: str) -> None:
+        self._unchanged.check()
         if not isinstance(name, str) or not name:
             raise UsageError(f"{name!r} is no name of an adapter", "Give a word.")
         if name in self.adapters:
@@ -260,12 +274,15 @@ class Bank:
         Raises: UsageError where its method has no equivalent weights, or the base's weights are quantized.
         """
         adapter = self._named(name)
+        self._unchanged.check()
         merged = merged_parameters(adapter)
         self.remove(name)
         with torch.no_grad():
             for module, key, value in merged:
                 untie(self.model, module, key)
                 getattr(module, key).copy_(value)
+        self._merged = True
+        self.__dict__.pop("fingerprint", None)  # another base from now on
 
     def detach(self) -> None:
         """Take every hook off and give the base back as it was."""

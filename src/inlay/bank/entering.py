@@ -25,7 +25,9 @@ from inlay.sites.structure import Structure
 from .caches import check_cache, filled_under, tag_caches
 from .hooks import Hook, strip
 from .lookup import Lookup
+from .outside import Outside
 from .recompute import bind_checkpoints
+from .shifting import shifting_hooks
 
 __all__ = ["Entering"]
 
@@ -37,9 +39,14 @@ class Entering:
     """Lives as long as the bank is attached."""
 
     def __init__(
-        self, base: Structure, backbones: Sequence[Backbone], bank: Lookup, on_training: Callable[[], None]
+        self,
+        base: Structure,
+        backbones: Sequence[Backbone],
+        bank: Lookup,
+        on_training: Callable[[], None],
+        check: Callable[[], None],
     ) -> None:
-        self.base, self.bank, self._on_training = base, bank, on_training
+        self.base, self.bank, self._on_training, self._check = base, bank, on_training, check
         self.last_virtual_predicts = getattr(base.model, "can_generate", bool)()
         self.first_virtual_pools = type(base.model).__name__.endswith(POOLING) and not hasattr(base.model, "score")
         self._modules = {backbone.module: frozenset(backbone.module.modules()) for backbone in backbones}
@@ -47,36 +54,29 @@ class Entering:
         self._backbones = backbones
         self._standins: list[StandIn] = []
         self._hooks: list[Hook] = []
+        self._embedders: dict[nn.Module, Hook] = {}
 
     def install(self) -> None:
         """Put the hooks and what stands in for forwards in place."""
         if self.base.model not in {backbone.module for backbone in self._backbones}:
-            self._standins.append(StandIn(self.base.model, self._model))
+            self._standins += Outside(self.base.model, self.bank, self._checkpointed).standins()
         for backbone in self._backbones:
             self._standins.append(StandIn(backbone.module, self._entered(backbone)))
+            self._hooks += shifting_hooks(backbone, self.bank)
             if backbone.pooler is not None:
                 self._hooks.append(Hook.before(backbone.pooler, self._pool))
         for embedding in {b.embedding for b in self._backbones if b.embedding is not None}:
-            self._hooks.append(Hook.after(embedding, self._embed))
+            self._embedders[embedding] = Hook.after(embedding, self._embed)
         head = _output_layer(self.base.model)
         if head is not None:
             self._hooks.append(Hook.before(head, _contiguous))
 
     def remove(self) -> None:
-        for placed in (*self._hooks, *self._standins):
+        for placed in (*self._hooks, *self._embedders.values(), *self._standins):
             placed.remove()
         strip(self.base.model)
 
     # ---- the model around its backbones, and each backbone
-
-    def _model(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The head's modules run behind the backbone, in the same forward."""
-        before = IN_MODEL.set(self.bank)
-        try:
-            with inside(None):
-                return original(*args, **kwargs)
-        finally:
-            IN_MODEL.reset(before)
 
     def _entered(self, backbone: Backbone) -> Callable[..., Any]:
         def run(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -90,9 +90,14 @@ class Entering:
         return run
 
     def _routed(self, backbone: Backbone, route: Route, original: Callable[..., Any], given: dict[str, Any]) -> Any:
+        if any(route.blends) and filled_under(given.get(backbone.cache)) is None:
+            self._check()
         values = self._values(given.get(backbone.cache))
         layout = self._packed(backbone, route) if route.lengths else self._padded(backbone, route, given, values)
         check_cache(given.get(backbone.cache), layout.blends, self.bank.adapters)
+        around, asked = FORWARD.get(), given.get(backbone.cache) is not None
+        if isinstance(layout, PaddedLayout) and around is not None and around.before is not None:
+            layout.outer_mask = around.before.given.get("attention_mask")
         given = layout.prepare(given)
         if backbone.part == "decoder" and not route.lengths:
             self._widen_cross_mask(given, route)
@@ -100,9 +105,11 @@ class Entering:
         bind_checkpoints(self._checkpointed)
         if torch.is_grad_enabled():
             self._on_training()
-        forward = Forward(
-            self.bank, route, layout, self._modules[backbone.module], torch.is_grad_enabled(), cache=values
-        )
+        training, own = torch.is_grad_enabled(), self._modules[backbone.module]
+        drops = training and self.base.model.training
+        forward = Forward(self.bank, route, layout, own, training, drops, cache=values)
+        if backbone.embedding is not None:  # what others do to embeddings (LoRA, NEFTune) is done to a row's own tokens
+            self._embedders[backbone.embedding].stay_last()
         try:
             with inside(forward):
                 if forward.training:
@@ -113,12 +120,14 @@ class Entering:
         self._behind(forward)
         if out is None:
             return None
+        if given.get("use_cache") is False and not asked:
+            _without_cache(out, backbone.cache)
         tag_caches(cache, out, layout.blends, self.bank.adapters, layout.prompt_lengths(), values)
         return out if backbone.part == "encoder" else _narrowed(out, layout)
 
     def _behind(self, forward: Forward) -> None:
         """Inside the model's own forward, what runs next is its head."""
-        if IN_MODEL.get() is self.bank:  # a copy: blocks that are computed again are inside of it still
+        if IN_MODEL.get() is self.bank:  # a copy: blocks that are computed again are inside of the other still
             FORWARD.set(replace(forward, behind=True))
 
     def _values(self, cache: Any) -> dict[Any, Any]:
@@ -141,8 +150,8 @@ class Entering:
         prefixes = self._prefixes(backbone, blends, values)
         cache = given.get(backbone.cache)
         filled = filled_under(cache)
-        own_attention = not uses_interface(self.base) if any(virtual) or prefixes.longest else False
-        self._check_own_attention(backbone, own_attention, virtual, prefixes)
+        own_attention = not uses_interface(self.base) if prefixes.longest else False
+        self._check_padding(backbone, given.get("attention_mask"), own_attention, virtual, prefixes)
         decoder = backbone.part == "decoder"
         places = None if decoder or route.places is None else _each(route.places, each)
         prompts = filled.prompts if filled is not None else None
@@ -151,16 +160,30 @@ class Entering:
         return PaddedLayout(
             blends, backbone, virtual, prefixes, self.bank.virtual_of, prefixes.longest > 0 and own_attention,
             filled is not None, places, self.last_virtual_predicts, prompts, self.first_virtual_pools,
+            route.prompts is not None,
         )  # fmt: skip
 
-    def _check_own_attention(self, backbone: Backbone, own: bool, virtual: Sequence[int], prefixes: Prefixes) -> None:
-        if len(set(virtual)) > 1 and own and not self.bank.takes_padding(prefixes.longest > 0):
+    def _check_padding(
+        self, backbone: Backbone, mask: Any, own: bool, virtual: Sequence[int], prefixes: Prefixes
+    ) -> None:
+        if len(set(virtual)) > 1 and not self.bank.takes_padding(own):
             raise UsageError(
                 "this base does not ignore padding: rows with different numbers of virtual tokens cannot share a batch",
                 "Run them in batches of their own.",
             )
-        recomputes = any(m.gradient_checkpointing for m in self._checkpointed)
-        if prefixes.longest and own and backbone.module.training and recomputes:
+        if not own:
+            return
+        padded = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
+        if padded and not self.bank.takes_padding(True):
+            raise UsageError(
+                "this base counts the padding between a prefix and a row's first token",
+                "Pad on the right, or give rows of one length.",
+            )
+        if len(set(prefixes.lengths)) > 1 and "attention_mask" not in backbone.signature.parameters:
+            raise UsageError(
+                "this base takes no mask that could hide one row's prefix from another's", "Give all rows one prefix."
+            )
+        if any(m.gradient_checkpointing and m.training for m in self._checkpointed):
             raise UsageError("this base drops prefixes under gradient checkpointing", "Switch checkpointing off.")
 
     def _packed(self, backbone: Backbone, route: Route) -> PackedLayout:
@@ -183,7 +206,9 @@ class Entering:
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
         forward = FORWARD.get()
-        if forward is None or forward.owner is not self.bank or module is not forward.layout.backbone.embedding:
+        if forward is None or forward.owner is not self.bank or forward.behind:
+            return None
+        if module is not forward.layout.backbone.embedding:
             return None
         layout, noise = forward.layout, forward.route.noise
         filled = layout.embed(embedded)
@@ -248,12 +273,19 @@ def _each(values: Sequence[Any], times: int) -> list[Any]:
     return [value for value in values for _ in range(times)]
 
 
+def _without_cache(out: Any, name: str) -> None:
+    """Leave out what a prefix was carried in: who wants no cache would go on from it."""
+    if name and getattr(out, name, None) is not None:
+        setattr(out, name, None)
+
+
 def _narrowed(out: Any, layout: Layout) -> Any:
     if isinstance(out, Tensor):
         return layout.narrow(out)
     if isinstance(out, tuple):
         return (layout.narrow(out[0]), *out[1:])
-    out.last_hidden_state = layout.narrow(out.last_hidden_state)
+    if getattr(out, "last_hidden_state", None) is not None:
+        out.last_hidden_state = layout.narrow(out.last_hidden_state)
     if getattr(out, "hidden_states", None) is not None:
         out.hidden_states = tuple(layout.narrow(states) for states in out.hidden_states)
     return out

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from inlay.batch.forward import FORWARD
+from inlay.batch.forward import FORWARD, inside
 from inlay.kernels.fused import Forward, fused_modules
 from inlay.kernels.standin import StandIn
+
+from .gradients import check_gradients
 
 __all__ = ["Fusing"]
 
@@ -26,12 +28,13 @@ class Fusing:
         self._lock = Lock()
 
     def install(self) -> None:
-        """Once; in the base alone, whose modules are run for it."""
+        """Once; in the base alone, whose modules are run for it. Raises: UsageError where it gives no gradients."""
         if self._installed:
             return
-        with self._lock, self._alone():
+        with self._lock, self._alone(), inside(None):
             if self._installed:
                 return
+            check_gradients(self._model)
             # After an interruption this goes on: modules that have a forward of their own are passed over.
             for module, fused in fused_modules(self._model).items():
                 self._standins.append(StandIn(module, _chosen(fused)))

@@ -37,6 +37,12 @@ class Hook:
         forget_compiled()
         return hook
 
+    def stay_last(self) -> None:
+        """Run behind the other hooks of its module, those too that others have placed since."""
+        handle, hooks = self._handle, None if self._handle is None else self._handle.hooks_dict_ref()
+        if handle is not None and hooks is not None and next(reversed(hooks), None) != handle.id:
+            hooks.move_to_end(handle.id)
+
     def remove(self) -> None:
         if self._handle is not None:
             self._handle.remove()
@@ -59,7 +65,7 @@ def strip(model: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for hook in [hook for hook in hooks.values() if isinstance(hook, Hook)]:
                 hook.remove()
-        if isinstance(standin := vars(module).get("forward"), StandIn):
+        for standin in [value for value in vars(module).values() if isinstance(value, StandIn)]:
             standin.remove()
 
 

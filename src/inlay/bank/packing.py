@@ -47,13 +47,16 @@ def isolates_segments(base: Structure, alone: Alone) -> bool:
 
 
 def padding_invariant(base: Structure, alone: Alone, behind_prefix: bool) -> bool:
-    """Whether a tiny row gives the same states with masked columns before it, whatever they hold; behind cached keys
-    and values if so asked."""
+    """Whether a tiny row gives the same states with masked columns before it, whatever they hold, or behind it in an
+    encoder, where new padding is put; behind cached keys and values if so asked."""
     model: Any = base.model
     stack: Any = next(iter(base.stacks))
     count = model.get_input_embeddings().num_embeddings
     row = torch.tensor([[3, 4, 5]], device=model.device) % count
-    width = 2 if behind_prefix else 0
+    width, behind = (2 if behind_prefix else 0), len(base.stacks) == 2
+
+    def beside(padding: list[Any], own: list[Any]) -> list[Any]:
+        return [*own, *padding] if behind else [*padding, *own]
 
     def run(padding: int, filler: int = 1) -> Tensor:
         more: dict[str, Any] = {}
@@ -63,12 +66,13 @@ def padding_invariant(base: Structure, alone: Alone, behind_prefix: bool) -> boo
                 shape, generator = (1, site.heads, width), torch.Generator().manual_seed(layer)
                 k, v = (torch.randn(*shape, dim, generator=generator) for dim in (site.head_dim, site.value_dim))
                 cache.update(k.to(model.device, model.dtype), v.to(model.device, model.dtype), layer)
-        ids = torch.cat([torch.full_like(row[:, :1], filler % count).expand(1, padding), row], 1)
-        mask = torch.tensor([[1] * width + [0] * padding + [1] * 3], device=model.device)
+        ids = torch.cat(beside([torch.full_like(row[:, :1], filler % count).expand(1, padding)], [row]), 1)
+        mask = torch.tensor([[1] * width + beside([0] * padding, [1] * 3)], device=model.device)
         if "position_ids" in inspect.signature(stack.forward).parameters:
-            places = [0] * padding + list(range(width, width + 3))
+            places = beside([0] * padding, list(range(width, width + 3)))
             more["position_ids"] = torch.tensor([places], device=model.device)
-        return _states(stack(input_ids=ids, attention_mask=mask, **more))[:, -3:]
+        states = _states(stack(input_ids=ids, attention_mask=mask, **more))
+        return states[:, :3] if behind else states[:, -3:]
 
     return _same(base, alone, lambda: run(0), lambda: run(2), lambda: run(2, filler=9))
 

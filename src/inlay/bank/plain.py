@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakSet
 
@@ -10,15 +10,28 @@ from torch import nn
 
 from inlay.errors import UsageError
 
-__all__ = ["mark_attached", "not_compiled", "plain_model", "unmark_attached"]
+from .adapter import Part
+from .unchanged import check_in_memory
+
+__all__ = ["NotCopied", "mark_attached", "not_compiled", "plain_model", "unmark_attached"]
 
 _attached: WeakSet[nn.Module] = WeakSet()  # not an attribute of the model: its copies and pickles have no bank
+
+
+class NotCopied:
+    """What can be neither copied nor pickled."""
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise UsageError(
+            "a bank can be neither copied nor pickled",
+            "Copy bank.model, which comes without its adapters, attach to the copy, and load what bank.save wrote.",
+        )
 
 
 def plain_model(model: nn.Module) -> nn.Module:
     """`model`, or what it was compiled from.
 
-    Raises: UsageError where it is a wrapper, has a bank already, or has compiled blocks.
+    Raises: UsageError where it is a wrapper, has a bank already, has compiled blocks, or is not in memory.
     """
     model = getattr(model, "_orig_mod", model)
     if type(model).__module__.split(".")[0] == "peft" or any(
@@ -28,6 +41,7 @@ def plain_model(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} holds adapters of HF PEFT",
             "Save them, and attach to the base: model.unload(), or load it anew; bank.load reads what PEFT saved.",
         )
+    check_in_memory(model)
     if model in _attached:
         raise UsageError("the model has a bank already", "Use that bank, or detach it first.")
     for path, module in model.named_modules():
@@ -43,11 +57,12 @@ def plain_model(model: nn.Module) -> nn.Module:
 @contextmanager
 def not_compiled(model: nn.Module) -> Iterator[None]:
     """Let a model that was compiled in place run as it is written."""
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    compiled = vars(model).pop("_compiled_call_impl", None)
     try:
         yield
     finally:
-        model._compiled_call_impl = compiled
+        if compiled is not None:
+            model._compiled_call_impl = compiled
 
 
 def mark_attached(model: nn.Module) -> None:
@@ -60,9 +75,12 @@ def unmark_attached(model: nn.Module) -> None:
     _attached.discard(model)
 
 
-def peft_task(model: nn.Module) -> str | None:
-    """What HF PEFT calls the kind of model."""
+def peft_task(model: nn.Module, parts: Sequence[Part]) -> str | None:
+    """What HF PEFT calls the kind of model. It wants a head in the files of adapters for classification: those that
+    have none are called by a kind that wants none."""
     name = type(model).__name__
     kinds = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
     kinds |= {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    return next((task for end, task in kinds.items() if name.endswith(end)), "FEATURE_EXTRACTION")
+    task = next((task for end, task in kinds.items() if name.endswith(end)), "FEATURE_EXTRACTION")
+    has_head = any(part.method.replaces for part in parts)
+    return task if has_head or not task.endswith("_CLS") else "FEATURE_EXTRACTION"

@@ -1,102 +1,123 @@
-"""Adapters of few tokens each, as when text is written: laid out once for all steps, then one product for all."""
+"""What the adapters of a batch do at one site while text is written: laid out once, then run at every step.
+
+A step is a list of acts; each changes some rows of y (vectors, width) in place and reads no others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from inlay.batch.forward import Forward
 from inlay.kernels.bags import Bags, Factors, units
-from inlay.methods.contract import LinearForm
+from inlay.kernels.bottlenecks import Bottlenecks
+from inlay.kernels.rows import Rows
+from inlay.methods.contract import BottleneckForm, LinearForm, Site
+from inlay.sites.site import bare
 
-from .acting import Scope
-from .adapter import Adapter
-from .plan import SitePlan, plan_at
+from .acting import Scope, unseen
 
-__all__ = ["FEW", "act_on_few", "suits"]
-
-FEW = 4
-"""Tokens of a row up to which a bag of its own is faster than a product of its rows (benchmarks/kernel_speed.py)."""
-MANY = 3
-"""Adapters from which on products one by one are slower."""
+__all__ = ["Forms", "StepAct", "beside", "linear_acts", "norm_act"]
 
 Forms = Mapping[int, LinearForm]
 """By the number of a share."""
 
-
-def suits(plan: SitePlan, scope: Scope, vectors: int) -> bool:
-    """Whether many adapters meet few tokens, without gradients and inside the backbone."""
-    if torch.is_grad_enabled() or scope.forward is None or scope.forward.behind or len(plan.forms) < MANY:
-        return False
-    return vectors <= FEW * len(scope.layout.blends)
+StepAct = Callable[[Tensor, Tensor | None, Forward], None]
+"""Changes y (vectors, width), given the module's input (vectors, in) and the forward of this step."""
 
 
-def act_on_few(
-    plan: SitePlan, scope: Scope, x: Tensor, y: Tensor, same_input: Sequence[str], adapters: Mapping[str, Adapter]
-) -> Tensor:
-    """y (vectors, out) with the forms of all shares applied to x (vectors, in), which the sites `same_input` read."""
-    assert scope.forward is not None
-    path, cache, inputs = scope.site.path, scope.cache, scope.forward.inputs
-    if ("few", path, len(x)) not in cache:
-        _lay_out(plan, scope, x, y, same_input, adapters)
-    held: _Few = cache["few", path, len(x)]
-    if held.bags is not None:
-        low = inputs.pop(("low", id(held.bags)), None) if held.layer else None
-        low = held.bags.low(x) if low is None else low
-        if not held.last:
-            inputs["low", id(held.bags)] = low  # pyright: ignore[reportArgumentType]
-        y = y + held.bags.high(low, held.layer)
-    y = y if held.scale is None else (y * held.scale).to(y.dtype)
-    return y if held.shift is None else (y + held.shift).to(y.dtype)
+# ---- linear layers
 
 
-@dataclass(frozen=True, eq=False)
-class _Few:
-    """What one site needs at every step: bags, in which it is the layer number `layer`, and the scale and shift of each
-    vector (vectors, out)."""
-
-    bags: Bags | None
-    layer: int
-    last: bool
-    scale: Tensor | None
-    shift: Tensor | None
-
-
-def _lay_out(
-    plan: SitePlan, scope: Scope, x: Tensor, y: Tensor, same_input: Sequence[str], adapters: Mapping[str, Adapter]
-) -> None:
-    """Fill the cache for this site, and with it for those that read the same x and have the same shares and units."""
-    forms = {path: _forms(path, scope, y.dtype, adapters) for path in dict.fromkeys((scope.site.path, *same_input))}
-    own = {path: _ranks(found) for path, found in forms.items()}
-    alike = [path for path in same_input if own[path] == own[scope.site.path]] or [scope.site.path]
-    bags = _bags(scope, [forms[path] for path in alike], len(x)) if own[scope.site.path] else None
-    for layer, path in enumerate(alike):
-        scale, shift = (_rows(scope, forms[path], name, len(x)) for name in ("out_scale", "shift"))
-        scope.cache["few", path, len(x)] = _Few(bags, layer, path == alike[-1], scale, shift)
-
-
-def _forms(path: str, scope: Scope, dtype: torch.dtype, adapters: Mapping[str, Adapter]) -> Forms:
-    plan = plan_at(path, scope.route, scope.layout.blends, adapters)
-    return {} if plan is None else {n: act.part.form(path, dtype, scope.cache) for n, act in plan.forms}
+def linear_acts(scope: Scope, layers: Mapping[str, Forms], path: str, vectors: int) -> dict[str, list[StepAct]]:
+    """The acts of the forms at `path`, and of those `layers` that take the same x through D together."""
+    ranks = {name: _ranks(forms) for name, forms in layers.items()}
+    own = ranks[path]
+    alike = [name for name in layers if ranks[name] == own]
+    found: dict[str, list[StepAct]] = {path: []}
+    if _one_by_one([(rank, _count(scope, number, vectors)) for number, rank in own.items()]):
+        found[path] += [_Product.of(layers[path][n], _rows(scope, [n], vectors, layers[path])) for n in own]
+    else:
+        bags = _bags(scope, [layers[name] for name in alike], list(own), vectors)
+        found = {name: [_Bagged(bags, layer, name == alike[-1])] for layer, name in enumerate(alike)}
+    for name, acts in found.items():
+        acts += _scalings(scope, layers[name], vectors)
+    return found
 
 
 def _ranks(forms: Forms) -> dict[int, int]:
+    """The units of each share that has a product."""
     return {number: units(len(form.down)) for number, form in forms.items() if form.down is not None}
 
 
-def _bags(scope: Scope, layers: Sequence[Forms], vectors: int) -> Bags:
+def _count(scope: Scope, number: int, vectors: int) -> int:
+    return sum(stop - start for start, stop in scope.spans(number, vectors))
+
+
+def _one_by_one(shares: Sequence[tuple[int, int]]) -> bool:
+    """Whether products one after another are faster than bags, by the units and vectors of each: microseconds as
+    measured on two cores for widths of 576 and 1536, 1 to 32 adapters and ranks of 8 and 32."""
+    return 12 * len(shares) < 20 + sum(rank * count for rank, count in shares)
+
+
+def _rows(scope: Scope, numbers: Sequence[int], vectors: int, forms: Mapping[int, LinearForm | BottleneckForm]) -> Rows:
+    """The rows of shares, one share's behind the other's."""
+    form = forms[numbers[0]]
+    device = next(value.device for value in vars(form).values() if isinstance(value, Tensor))
+    return Rows.of((span for number in numbers for span in scope.spans(number, vectors)), vectors, device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """One adapter's product; `down` is (in, r), `up` (r, out)."""
+
+    rows: Rows
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, form: LinearForm, rows: Rows) -> _Product:
+        down, up, scale = _factors(form)
+        return cls(rows, down.t(), up.t(), scale)
+
+    def __call__(self, y: Tensor, x: Tensor | None, forward: Forward) -> None:
+        assert x is not None
+        low = self.rows.take(x).to(y.dtype) @ self.down
+        if self.rows.index is None:
+            self.rows.take(y).addmm_(low, self.up, alpha=self.scale)
+        else:
+            self.rows.add(y, (low @ self.up).mul_(self.scale))
+
+
+@dataclass(frozen=True, eq=False)
+class _Bagged:
+    """The products of all shares; this layer is the number `layer` of those that read x."""
+
+    bags: Bags
+    layer: int
+    last: bool
+
+    def __call__(self, y: Tensor, x: Tensor | None, forward: Forward) -> None:
+        assert x is not None
+        spot = "low", id(self.bags)
+        low = forward.inputs.pop(spot, None) if self.layer else None
+        low = self.bags.low(x.to(y.dtype)) if low is None else low
+        if not self.last:
+            forward.inputs[spot] = low
+        y.add_(self.bags.high(low, self.layer))
+
+
+def _bags(scope: Scope, layers: Sequence[Forms], numbers: Sequence[int], vectors: int) -> Bags:
     """Slots in the order of the shares; those of one adapter one behind the other."""
-    numbers = [number for number, form in layers[0].items() if form.down is not None]
-    slots: list[Any] = [()] * vectors
+    slots: list[tuple[int, ...]] = [()] * vectors
     first = 0
-    for number in numbers:
-        down = layers[0][number].down
-        assert down is not None
-        own = tuple(range(first, first + units(len(down))))
-        first += len(own)
+    for number, rank in _ranks(layers[0]).items():
+        own = tuple(range(first, first + rank))
+        first += rank
         for start, stop in scope.spans(number, vectors):
             slots[start:stop] = [own] * (stop - start)
     return Bags.of(slots, [[_factors(forms[number]) for number in numbers] for forms in layers])
@@ -108,14 +129,94 @@ def _factors(form: LinearForm) -> Factors:
     return down, form.up if form.outer is None else form.up * form.outer[:, None], form.scale
 
 
-def _rows(scope: Scope, forms: Forms, name: str, vectors: int) -> Tensor | None:
-    """The scales or shifts of all vectors (vectors, out); None where there are none."""
-    found = {number: value for number, form in forms.items() if (value := getattr(form, name)) is not None}
-    if not found:
-        return None
-    like = max(found.values(), key=lambda value: torch.finfo(value.dtype).bits)
-    rows = like.new_full((vectors, len(like)), 1.0 if name == "out_scale" else 0.0)
-    for number, value in found.items():
-        for start, stop in scope.spans(number, vectors):
-            rows[start:stop] = value
-    return rows
+# ---- scales and shifts
+
+
+@dataclass(frozen=True, eq=False)
+class _Scaling:
+    """y, or what a `norm` with weights of one gives for x: times `scale`, plus `shift`, (n, width) or (width,)."""
+
+    rows: Rows
+    scale: Tensor | None
+    shift: Tensor | None
+    norm: nn.Module | None = None
+
+    def __call__(self, y: Tensor, x: Tensor | None, forward: Forward) -> None:
+        if self.norm is None:
+            value = self.rows.take(y)
+        else:
+            assert x is not None
+            value = self.norm(self.rows.take(x))
+        value = value if self.scale is None else (value * self.scale).to(y.dtype)
+        self.rows.put(y, value if self.shift is None else value + self.shift)
+
+
+def _scalings(scope: Scope, forms: Forms, vectors: int) -> list[StepAct]:
+    numbers = [n for n, form in forms.items() if form.out_scale is not None or form.shift is not None]
+    return [_scaling(scope, numbers, forms, vectors)] if numbers else []
+
+
+def _scaling(scope: Scope, numbers: list[int], forms: Forms, vectors: int, norm: nn.Module | None = None) -> _Scaling:
+    scale, shift = (
+        _stacked([(getattr(forms[n], name), _count(scope, n, vectors)) for n in numbers], neutral)
+        for name, neutral in (("out_scale", 1.0), ("shift", 0.0))
+    )
+    return _Scaling(_rows(scope, numbers, vectors, forms), scale, shift, norm)
+
+
+def _stacked(values: Sequence[tuple[Tensor | None, int]], neutral: float) -> Tensor | None:
+    """Each value (width,) for its own number of rows; None where there are none."""
+    there = [value for value, _ in values if value is not None]
+    if not there or len(values) == 1:
+        return there[0] if there else None
+    like = max(there, key=lambda value: torch.finfo(value.dtype).bits)
+    none = torch.full_like(like, neutral)
+    return torch.cat([(none if value is None else value.to(like.dtype)).expand(n, -1) for value, n in values])
+
+
+def norm_act(scope: Scope, site: Site, forms: Forms, vectors: int) -> StepAct:
+    """The forms of a norm, which have no products: the base's formula runs once for all their rows."""
+    return _scaling(scope, list(forms), forms, vectors, bare(site.module, site.neutral()))
+
+
+# ---- bottlenecks
+
+
+def beside(scope: Scope, site: Site, forms: Mapping[int, BottleneckForm], vectors: int) -> list[StepAct]:
+    """The acts of bottlenecks at one sublayer; those that read and activate alike are computed together."""
+    kinds: dict[object, list[int]] = {}
+    for number, form in forms.items():
+        kinds.setdefault((form.reads, form.activation), []).append(number)
+    acts: list[StepAct] = []
+    for numbers in kinds.values():
+        counts = [_count(scope, n, vectors) for n in numbers]
+        sizes = [(units(len(forms[n].down)), count) for n, count in zip(numbers, counts, strict=True)]
+        if _one_by_one(sizes):
+            acts += [_Beside(site, _rows(scope, [n], vectors, forms), forms[n], forms[n].added) for n in numbers]
+            continue
+        own = [forms[n] for n in numbers]
+        factors = [(form.down, form.down_bias, form.up, form.up_bias, form.scale) for form in own]
+        together = Bottlenecks.of(factors, counts, own[0].activation)
+        acts.append(_Beside(site, _rows(scope, numbers, vectors, forms), own[0], together))
+    return acts
+
+
+@dataclass(frozen=True, eq=False)
+class _Beside:
+    """`added` gives what is added to the rows, from z, which `form` says how to read."""
+
+    site: Site
+    rows: Rows
+    form: BottleneckForm
+    added: Callable[[Tensor], Tensor]
+
+    def __call__(self, y: Tensor, x: Tensor | None, forward: Forward) -> None:
+        stream = forward.streams.get(self.site.path)
+        if stream is None:
+            raise unseen(self.site)
+        own = self.rows.take(y)
+        z = own if self.form.reads == "output" else self.form.read(self._of(stream), own, self.site)
+        self.rows.add(y, self.added(z))
+
+    def _of(self, stream: Tensor) -> Tensor:
+        return self.rows.take(stream.reshape(-1, stream.shape[-1]))

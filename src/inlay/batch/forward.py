@@ -21,8 +21,10 @@ __all__ = ["FORWARD", "IN_MODEL", "Forward", "inside"]
 @dataclass(eq=False)
 class Forward:
     """`owner` is the bank whose base runs, `modules` what belongs to its backbone; `training` is whether gradients are
-    taken. `streams` holds the residual stream of each sublayer, `inputs` what a site's first hook leaves to its second,
-    `cache` what is computed once a forward; `behind` is set when the backbone is done and its head runs.
+    taken; `drops` whether dropout that no noise names draws from torch's generator, as in anybody's loop after
+    `model.train()`. `streams` holds the residual stream of each sublayer, `inputs` what a site's first hook leaves to
+    its second, `cache` what is computed once a forward; `behind` is set outside of the backbone: while its head runs
+    or, where there is a `before`, what comes before it.
     """
 
     owner: object
@@ -30,11 +32,13 @@ class Forward:
     layout: Layout
     modules: frozenset[nn.Module]
     training: bool
+    drops: bool = False
     streams: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[Any, Any] = field(default_factory=dict)
     cache: dict[Any, Any] = field(default_factory=dict)
     noisy: bool = False
     behind: bool = False
+    before: Any = None
 
     def attend(self, plain: Callable[..., Any], module: nn.Module, qkv: QKV, mask: Any, **rest: Any) -> Any:
         if module not in self.modules:

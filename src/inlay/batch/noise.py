@@ -48,7 +48,8 @@ def neftune(embedded: Tensor, places: Sequence[tuple[int, Tensor]], noise: Noise
 
 @dataclass(frozen=True)
 class Dropper:
-    """Draws masks for one adapter at one site: `units` are (step, sample, first real token, tokens)."""
+    """Draws masks for one adapter at one site: `units` are (step, sample, first real token, tokens);
+    the first is negative where the row has that many before the unit."""
 
     seed: int
     path: str
@@ -60,12 +61,19 @@ class Dropper:
         kept = torch.cat([self._drawn(unit, x, p) for unit in self.units])
         return (flat * kept).view(x.shape)
 
-    def _drawn(self, unit: tuple[int, int, int, int], x: Tensor, p: float) -> Tensor:
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal numbers of the shape and dtype of `like` (tokens, width); zeros at padding."""
+        return torch.cat([self._drawn(unit, like, None) for unit in self.units])
+
+    def _drawn(self, unit: tuple[int, int, int, int], x: Tensor, p: float | None) -> Tensor:
+        """Masks of one unit; normal numbers where `p` is None."""
         step, sample, lead, tokens = unit
-        generator = _generator(f"{self.seed}/{self.path}/{step}/{sample}", x.device)
-        drawn = torch.rand(tokens - lead, x.shape[-1], generator=generator, device=x.device)
-        kept = (drawn >= p).to(x.dtype) / (1 - p)
-        return kept if not lead else torch.cat([kept.new_ones(lead, x.shape[-1]), kept])
+        generator = _generator(f"{self.seed}/{self.path}/{step}/{sample}" + "/n" * (p is None), x.device)
+        draw, shape = torch.randn if p is None else torch.rand, (tokens - lead, x.shape[-1])
+        drawn = draw(shape, generator=generator, device=x.device)
+        kept = drawn.to(x.dtype) if p is None else (drawn >= p).to(x.dtype) / (1 - p)
+        before = kept.new_full((max(lead, 0), x.shape[-1]), p is not None)
+        return kept[-lead:] if lead < 0 else torch.cat([before, kept]) if lead else kept
 
 
 def _generator(name: str, device: torch.device) -> torch.Generator:

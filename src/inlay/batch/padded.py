@@ -6,36 +6,37 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from inlay.errors import UsageError
-from inlay.sites.attention import QKV, is_own
 from inlay.sites.backbone import Backbone
 
-from .layout import Layout, Unit
+from .layout import Unit
+from .padded_attention import PaddedAttention
 from .partition import Partition
 from .prefixes import Prefixes
+from .prompts import check_prompt_whole, check_unpacked, make_room, rows_mask
 from .route import Blend
 from .sources import decoder_source, encoder_source
 
 __all__ = ["PaddedLayout", "columns"]
 
 
-class PaddedLayout(Layout):
+class PaddedLayout(PaddedAttention):
     """B rows of L columns, widened by the longest run of virtual tokens.
 
     `virtual` and `places` hold, for each row, the number of virtual tokens and before which of its own they stand. With
     `last_virtual_predicts`, the state that the token before them hands on is that of the last virtual one. With
     `first_virtual_pools`, a row's first token hands on the state of the virtual one that stands first, as in HF PEFT.
-    `prompts` are the lengths of the rows' prompts, where they are known.
+    `prompts` are the lengths of the rows' prompts, where they are known, and `prompts_said` whether the route says
+    them: else they are what the first call of a cache held.
     """
 
     def __init__(
         self, blends: Sequence[Blend], backbone: Backbone, virtual: Sequence[int], prefixes: Prefixes,
         values: Callable[[Blend], Tensor | None], by_cache: bool = False, continued: bool = False,
         places: Sequence[int] | None = None, last_virtual_predicts: bool = True, prompts: Sequence[int] | None = None,
-        first_virtual_pools: bool = False,
+        first_virtual_pools: bool = False, prompts_said: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(blends, Partition(blends), backbone, prefixes, values)
         self.by_cache = by_cache and prefixes.longest > 0
@@ -49,8 +50,20 @@ class PaddedLayout(Layout):
         self.lead = torch.zeros(len(blends), dtype=torch.long)
         self.continued = continued
         self.prompts = None if prompts is None else torch.tensor(list(prompts))
+        self._prompts_said = prompts_said
+        self._given: Mapping[str, Any] = {}
+        self.outer_mask: Any = None  # what the model around the backbone was given
+        self._mask: Any = None  # one that is not (rows, columns), until it is read
         self._filled = True
         self._own: tuple[Tensor, int] | None = None  # the mask of own tokens (B, past + L), and L
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a row in this forward, virtual ones and padding among them; 0 where that is not known."""
+        if self._own is None:
+            return 0
+        wide = self.widest + self._own[1]
+        return wide if self.source is not None and self.source.shape[1] == wide else self._own[1]
 
     def to_units(self, value: Tensor, width: int | None) -> Tensor:
         rows = len(self.blends)
@@ -65,6 +78,14 @@ class PaddedLayout(Layout):
         if self._own is None:
             return None
         whole, length = self._own
+        check_unpacked(self._given)
+        if self._mask is not None:
+            whole = rows_mask(self._mask, whole.shape[1] - length, length)
+            assert whole is not None
+            self._own, self._mask = (whole, length), None
+        check_unpacked(self._given, whole[:, -length:])
+        if not self._prompts_said:
+            check_prompt_whole(self.continued, length)
         position = torch.where(whole > 0, whole.cumsum(1) - 1, -1)[:, -length:]
         lengths = whole.sum(1) if self.prompts is None else self.prompts.to(whole.device)
         if self.source is not None and self.source.shape[1] == self.widest + length:
@@ -86,14 +107,23 @@ class PaddedLayout(Layout):
             return given
         if self.continued and not columns(given.get(self.backbone.cache)):
             return given  # a recurrent state, which has taken the virtual tokens in
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise UsageError("prefixes and virtual tokens need a 2-D attention mask", "Give (rows, tokens).")
         rows, length = inputs.shape[:2]
         past, extra = self._past(given.get(self.backbone.cache))
         real = past - extra
+        check_unpacked(self._given)
+        if mask is not None:
+            given["attention_mask"] = mask = rows_mask(mask, real, length)
+        if self.widest and not self.by_cache:
+            make_room(given.get(self.backbone.cache), past + length + (0 if past else self.widest), self.widest)
         self.virtual, self.places = self.virtual.to(inputs.device), self.places.to(inputs.device)
         whole = inputs.new_ones(rows, real + length, dtype=torch.long) if mask is None else mask.long()
         self._lay_out(whole)
+        empty = (self.virtual > 0) & (whole.sum(1) == 0)
+        if not past and given.get(self.backbone.cache) is not None and bool(empty.any()):
+            raise UsageError(
+                "a row's first columns are padding alone: its virtual tokens have no place among them in the cache",
+                "Prefill at least up to each row's first token.",
+            )
         given = self._positioned(given, ids, whole, real, length)
         if self.widest:
             given["attention_mask"] = self._widened(whole, 1, 0)
@@ -108,17 +138,20 @@ class PaddedLayout(Layout):
         if inputs is None:
             return
         rows, length = inputs.shape[:2]
+        self._given = {name: given.get(name) for name in ("position_ids", "cu_seq_lens_q")}
+        outer = self.outer_mask  # a model of images makes other masks of it
+        if isinstance(outer, Tensor) and outer.ndim == 2 and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            mask = outer
         if isinstance(mask, Tensor) and mask.ndim == 2:
             self._own = mask.long(), length
         else:
             past, extra = self._past(given.get(self.backbone.cache))
             self._own = inputs.new_ones(rows, past - extra + length, dtype=torch.long), length
+            self._mask = mask  # read where somebody asks
 
     def _past(self, cache: Any) -> tuple[int, int]:
         """Cached columns, and how many of them are virtual or prefix."""
         past = columns(cache) if self.backbone.part != "encoder" else 0
-        if past and (self.widest or self.prefixes.longest) and type(cache).__name__ == "StaticCache":
-            raise UsageError("a static cache has no room for prefixes and virtual tokens", "Use the default cache.")
         return past, (self.widest + (self.prefixes.longest if self.by_cache else 0)) if past else 0
 
     def _lay_out(self, mask: Tensor) -> None:
@@ -148,12 +181,29 @@ class PaddedLayout(Layout):
         if positions is None:
             plain = self.backbone.plain_positions(ids, mask, real)
             positions = torch.where(moved > 0, self.backbone.real_positions(mask, real), plain)
+        if positions.ndim == 3:  # one plane for time, height and width each
+            return {**given, "position_ids": self._planes(positions, given, mask, moved, real)}
+        return {**given, "position_ids": self._moved(positions, mask, moved, real)}
+
+    def _planes(self, positions: Tensor, given: dict[str, Any], mask: Tensor, moved: Tensor, real: int) -> Tensor:
+        """Positions (planes, B, L) of rows that may hold images; the first plane never goes back inside of a row."""
+        if self.widest and bool((self.places > 0).any()):
+            raise UsageError("virtual tokens stand before a row's first token in this base", "Leave places out.")
+        if self.widest and real and given.get("attention_mask") is None:
+            raise UsageError(
+                "without a mask, this base counts the virtual tokens of its cache as a row's own",
+                "Give attention_mask.",
+            )
+        first = self._moved(positions[0], mask, moved, real)
+        rest = [self._moved(plane, mask, moved, real, in_order=False) for plane in positions[1:]]
+        return torch.stack([first, *rest])
+
+    def _moved(self, positions: Tensor, mask: Tensor, moved: Tensor, real: int, in_order: bool = True) -> Tensor:
+        """Positions (B, L) behind prefixes and virtual tokens, with those of the virtual ones in place."""
+        length = positions.shape[-1]
         positions = positions.expand(len(self.blends), length)
         behind = mask[:, -length:].bool()
-        if bool(((positions.diff(dim=1) < 0) & behind[:, 1:] & behind[:, :-1]).any()):
-            raise UsageError(
-                "packed rows have no place for prefixes and virtual tokens", "Use padded rows, or a stream."
-            )
+        check_unpacked({"position_ids": positions}, behind if in_order else None)
         positions = positions + moved
         if self.widest and not real and self.source is not None:
             # Tokens before the virtual ones are not moved by them, and virtual token j follows those by j.
@@ -163,7 +213,7 @@ class PaddedLayout(Layout):
             wide = self._widened(positions, 0, self.backbone.first)
             own = first - virtual + places - 2 - self.source
             positions = torch.where(self.source < -1, own, wide)
-        return {**given, "position_ids": positions}
+        return positions
 
     def _with_virtual(self, given: dict[str, Any], ids: Tensor | None, embeds: Tensor | None) -> dict[str, Any]:
         if ids is not None:
@@ -178,7 +228,7 @@ class PaddedLayout(Layout):
 
     def _prefilled(self, given: dict[str, Any], mask: Tensor, past: int) -> None:
         """For bases without the attention interface: the prefix goes ahead in the cache, right-aligned."""
-        from transformers import DynamicCache
+        from transformers import DynamicCache, EncoderDecoderCache
 
         device = mask.device
         lengths = torch.tensor(self.prefixes.lengths, device=device)[:, None]
@@ -187,9 +237,19 @@ class PaddedLayout(Layout):
         given["attention_mask"] = torch.cat([front.to(mask.dtype), mask if now is None else now], 1)
         if past:
             return
-        cache = given[self.backbone.cache] = given.get(self.backbone.cache) or DynamicCache()
-        for layer, (k, v) in enumerate(self.prefixes.all_layers(len(self.blends))):
-            cache.update(k, v, layer)
+        cache = given.get(self.backbone.cache)
+        if cache is None and self.backbone.part == "decoder":
+            cache = given[self.backbone.cache] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        elif cache is None:
+            cache = given[self.backbone.cache] = DynamicCache()
+        for layer, (k, v) in enumerate(self.prefixes.all_layers(len(self.blends), self._dtype(given))):
+            getattr(cache, "self_attention_cache", cache).update(k, v, layer)
+
+    def _dtype(self, given: Mapping[str, Any]) -> torch.dtype:
+        """That of the base's own keys and values."""
+        floating = (p.dtype for p in self.backbone.module.parameters() if p.is_floating_point())
+        embeds = given.get("inputs_embeds")
+        return embeds.dtype if isinstance(embeds, Tensor) else next(floating, torch.get_default_dtype())
 
     # ---- inside the backbone
 
@@ -226,68 +286,6 @@ class PaddedLayout(Layout):
         if self.source is None:
             return [(row, torch.arange(embedded.shape[1])) for row in range(len(self.blends))]
         return [(row, (source >= 0).nonzero()[:, 0]) for row, source in enumerate(self.source)]
-
-    def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
-        base = self._kept_busy(plain(**{**call, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}))
-        if not self.prefixes.longest or self.by_cache:
-            return base
-        rows, queries, width, device = base.shape[0], call["q_length"], self.prefixes.longest, base.device
-        behind = torch.arange(width, device=device)[None] - width  # key j of a row's prefix stands at -P..-1
-        front = self._front(rows, device)[:, None, None].expand(rows, 1, queries, width)
-        # The reference's windows and chunks pass over a prefix as over any other keys, counted from its first.
-        shift = torch.tensor(self.prefixes.lengths, device=device).view(rows, 1, 1, 1)
-        q = (torch.arange(queries, device=device) + call.get("q_offset", 0)).view(1, 1, queries, 1) + shift
-        k = (behind + self.lead.to(device)[:, None]).view(rows, 1, 1, width) + shift
-        row, head = torch.arange(rows, device=device).view(rows, 1, 1, 1), torch.zeros_like(shift[:1])
-        front = front & torch.broadcast_to(call["mask_function"](row, head, q, k), front.shape)
-        if base.dtype != torch.bool:
-            front = torch.zeros_like(front, dtype=base.dtype).masked_fill(~front, torch.finfo(base.dtype).min)
-        return torch.cat([front.expand(rows, base.shape[1], queries, width), base], -1)
-
-    def _kept_busy(self, mask: Tensor) -> Tensor:
-        """Let new padding see itself: a softmax over nothing is NaN in some implementations, and NaN spreads."""
-        if self.source is None or mask.shape[-2] != self.source.shape[1] or mask.shape[-1] < mask.shape[-2]:
-            return mask
-        padding = torch.diag_embed(self.source == -1)[:, None].to(mask.device)
-        padding = F.pad(padding, (mask.shape[-1] - mask.shape[-2], 0))  # behind keys and values from a cache
-        return mask | padding if mask.dtype == torch.bool else mask.masked_fill(padding, 0)
-
-    def _front(self, rows: int, device: torch.device) -> Tensor:
-        """(B, P): which of the prefix columns hold a key of the row."""
-        width, lengths = self.prefixes.longest, torch.tensor(self.prefixes.lengths, device=device)
-        return torch.arange(width, device=device)[None] >= width - lengths[:, None]
-
-    def attend(self, plain: Callable[..., Any], module: nn.Module, qkv: QKV, mask: Any, **rest: Any) -> Any:
-        q, k, v = qkv
-        width, columns = self.prefixes.longest, k.shape[2]
-        found = self.prefixes.of(module, range(len(self.blends)), k, v) if width else None
-        if found is None:  # cross-attention, or a stack that takes no prefix
-            if width and isinstance(mask, Tensor) and mask.shape[-1] > columns:
-                mask = mask[..., width:]
-            return plain(module, q, k, v, mask, **rest)
-        if mask is None:  # a base that never masks, such as a vision encoder
-            seen = self._front(q.shape[0], q.device)[:, None, None].expand(-1, 1, q.shape[2], width)
-            mask = F.pad(seen, (0, columns), value=True)
-            if is_own(plain):
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-        if rest.get("position_bias") is not None:
-            rest["position_bias"] = self._bias(module, q.shape[2], columns)
-        k, v = torch.cat([found[0], k], 2), torch.cat([found[1], v], 2)
-        return plain(module, q, k, v, mask[..., : columns + width], **rest)
-
-    def _bias(self, module: Any, queries: int, columns: int) -> Tensor:
-        """(B, heads, q, P + k) relative position bias, each row's prefix directly before its first column."""
-        own: Any = module
-        if not getattr(module, "has_relative_attention_bias", False):
-            own = next(m for m in self.backbone.module.modules() if getattr(m, "has_relative_attention_bias", False))
-        width = self.prefixes.longest
-        kinds: dict[int, Tensor] = {}
-        for n in set(self.prefixes.lengths):
-            bias = own.compute_bias(
-                queries, columns + n, device=self.virtual.device, past_seen_tokens=columns - queries + n
-            )
-            kinds[n] = F.pad(bias, (width - n, 0))
-        return torch.cat([kinds[n] for n in self.prefixes.lengths])
 
 
 def columns(cache: Any) -> int:

@@ -36,14 +36,16 @@ class Prefixes:
     def longest(self) -> int:
         return max(self.lengths, default=0)
 
-    def all_layers(self, units: int) -> list[KeysValues]:
-        """(units, heads, P, dim) keys and values of every attention module in turn."""
+    def all_layers(self, units: int, dtype: torch.dtype) -> list[KeysValues]:
+        """(units, heads, P, dim) keys and values, in `dtype`, of every attention that takes a prefix, in turn."""
         layers = []
         for module in self._modules:
-            like = next(kv for blend in self.blends if blend and (kv := self._find(blend, module)) is not None)
-            stacked = self._stack(module, range(units), like[0][None], like[1][None])
-            assert stacked is not None
-            layers.append(stacked)
+            found = (self._find(blend, module) for blend in self.blends if blend)
+            like = next((kv for kv in found if kv is not None), None)
+            if like is not None:  # an encoder's layers have none
+                stacked = self._stack(module, range(units), like[0][None].to(dtype), like[1][None].to(dtype))
+                assert stacked is not None
+                layers.append(stacked)
         return layers
 
     def of(self, module: nn.Module, units: Sequence[int], k: Tensor, v: Tensor) -> KeysValues | None:

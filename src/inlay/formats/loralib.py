@@ -16,11 +16,14 @@ from torch import Tensor
 
 from inlay.errors import FormatError, UsageError
 from inlay.files import written_beside
+from inlay.methods.bitfit import BitFit
 from inlay.methods.contract import LinearForm, Method, Site, Structure
 from inlay.methods.lora import LoRA
 
-from .parts import SavedPart
-from .tensors import read_tensors
+from .names import true_names
+from .parts import ROOT, SavedPart
+from .tensors import check_numbers, read_tensors
+from .weights import taken_weights
 
 __all__ = ["read_loralib", "write_loralib"]
 
@@ -29,14 +32,17 @@ Tensors = dict[str, dict[str, Tensor]]
 
 def read_loralib(
     file: Path, base: Structure, alpha: float | None, enabled: Sequence[bool] | None = None
-) -> tuple[LoRA, Tensors]:
-    """The LoRA in a state dict, with the `alpha` it was trained with and the `enabled` parts of fused weights.
+) -> list[tuple[Method, Tensors]]:
+    """The LoRA in a state dict, with the `alpha` it was trained with and the `enabled` parts of fused weights; then
+    what stands beside it: biases (lora_state_dict's "all" and "lora_only"), and the base's own weights where they
+    differ from those here.
 
     Raises: UsageError where alpha or enabled is needed and not said; FormatError naming what does not fit.
     """
     if alpha is None:
         raise UsageError(f"{file} does not say its alpha", "Give alpha=... as it was in training.")
-    stored = {key: value for key, value in read_tensors(file).items() if "lora_" in key}
+    named = true_names(read_tensors(file), base, str(file))
+    stored = {key.removeprefix(ROOT): named.pop(key) for key in [*named] if key.rpartition(".")[2].startswith("lora_")}
     sites = {site.path: site for site in [*base.embeddings, *base.projections]}
     pairs = _pairs(file, stored, sites)
     tensors: Tensors = {}
@@ -53,7 +59,24 @@ def read_loralib(
         ranks[path], alphas[path] = a.shape[0], alpha * parts
     ranks_by = {re.escape(path): rank for path, rank in ranks.items()}
     alphas_by = {re.escape(path): value for path, value in alphas.items()}
-    return LoRA(alpha=alpha, targets=list(tensors), rank_pattern=ranks_by, alpha_pattern=alphas_by), tensors
+    lora = LoRA(alpha=alpha, targets=list(tensors), rank_pattern=ranks_by, alpha_pattern=alphas_by)
+    return [*_beside(file, named, base), (lora, tensors)]
+
+
+def _beside(file: Path, stored: dict[str, Tensor], base: Structure) -> list[tuple[Method, Tensors]]:
+    """What else a state dict holds. Raises: FormatError naming a tensor that is of no module of the base."""
+    sites = {site.path for site in [*base.projections, *base.norms]}
+    paths = [key.removeprefix(ROOT).removesuffix(".bias") for key in stored if key.endswith(".bias")]
+    biases = {path: {"bias": stored.pop(f"{ROOT}{path}.bias")} for path in paths if path in sites}
+    for path, own in biases.items():
+        check_numbers(f"{path}.bias", own["bias"], str(file))
+    own = taken_weights(stored, base, str(file))
+    if stored:
+        raise FormatError(
+            f"{file} holds {next(iter(stored))!r}, which belongs to no module of the base", "Check the base."
+        )
+    found: list[tuple[Method, Tensors]] = [] if own is None else [own]
+    return [*found, (BitFit(targets=list(biases)), biases)] if biases else found
 
 
 def write_loralib(file: Path, parts: Sequence[SavedPart], enabled: Sequence[bool] | None = None) -> float:
@@ -67,6 +90,8 @@ def write_loralib(file: Path, parts: Sequence[SavedPart], enabled: Sequence[bool
     if len(parts) > 1:
         raise UsageError(f"loralib has no place for {len(parts)} parts", 'Save it with format="peft".')
     part, tensors = parts[0], dict[str, Tensor]()
+    if experts := next((site.path for site in part.sites.values() if site.experts), None):
+        raise UsageError(f"loralib has no place for parameters of experts ({experts})", 'Save it with format="peft".')
     alphas: set[float] = set()
     for site in part.sites.values():
         a, b, scale = _factors(part.method, {**part.constants, **part.params.get(site.path, {})}, site)
@@ -109,6 +134,7 @@ def _pairs(file: Path, stored: Mapping[str, Tensor], sites: Mapping[str, Site]) 
             if other not in stored:
                 raise FormatError(f"{file} lacks {other!r}", "The checkpoint is not whole.")
         found[path] = (stored[f"{path}.lora_A"], stored[f"{path}.lora_B"])
+        check_numbers(key, stored[key], str(file))
     return {path: found[path] for path in sites if path in found}
 
 

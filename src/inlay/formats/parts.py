@@ -53,6 +53,8 @@ def _hosted(parts: Sequence[SavedPart], written: Sequence[Written], host: int) -
     for number, part in enumerate(parts):
         if number == host:
             continue
+        if part.method.replaces and parts[host].sites.keys() & part.sites.keys():
+            return None  # HF PEFT takes no target among saved modules
         fields = part.method.fields_beside(method, list(part.sites.values()))
         own = {key.replace(ROOT, SHORT_ROOT, 1) if short else key: v for key, v in written[number][1].items()}
         own = {_wrapped(key, parts[host].sites): value for key, value in own.items()}

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from inlay.errors import FormatError, UsageError
 from inlay.files import write_json, written_beside
 from inlay.methods.contract import Method, Site, Structure
+from inlay.methods.starts import began_inside
 from inlay.methods.table import METHODS
-from inlay.sites.targets import endings
 
-from .parts import BASE_LAYER, PARTS, ROOT, SHORT_ROOT, SavedPart, Written, beside, numbered, split_parts
-from .tensors import read_tensors
+from .experts import stacked_keys, unstacked_keys
+from .fields import check_fields
+from .matching import Named, holds_name
+from .names import true_names, without_adapter_name
+from .parts import PARTS, ROOT, SHORT_ROOT, SavedPart, Written, beside, numbered, split_parts
+from .rewriting import spared_rewriting
+from .tensors import check_numbers, read_tensors
+from .weights import check_shape, taken_weights
 
 __all__ = ["CONFIG", "CONSTANTS", "Stored", "read_peft", "write_peft"]
 
@@ -26,12 +33,10 @@ CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONSTANTS = ":constants"
 """In the place of a site's path: what is read for a method's `constants`."""
-FOREIGN = ("modules_to_save", "bias", "exclude_modules", "layers_pattern")
-"""Fields that mean more than the method of the config alone."""
 KINDS: tuple[type[Method], ...] = (*METHODS.values(),)
 """Every method, imported here so that the first checkpoint opens as fast as the next."""
 
-Tensors = dict[str, dict[str, Tensor]]
+Tensors = Mapping[str, Mapping[str, Tensor]]
 """Tensors of a part: module path -> parameter name -> value; "" for shared ones, CONSTANTS for constants."""
 
 Stored = tuple[Method, Tensors]
@@ -39,12 +44,15 @@ Stored = tuple[Method, Tensors]
 # ---- writing
 
 
-def write_peft(folder: Path, parts: Sequence[SavedPart], base_name: str, task: str | None = None) -> None:
+def write_peft(
+    folder: Path, parts: Sequence[SavedPart], base: Structure, base_name: str, task: str | None = None
+) -> None:
     """Write one adapter, so that `peft.PeftModel.from_pretrained(base, folder)` opens it where HF PEFT has a layout for
     its parts; see `inlay.formats.parts` for where it has none. The tensors come first.
     """
     written = [_written(part) for part in parts]
     config, tensors = written[0] if len(parts) == 1 else beside(parts, written) or numbered(written)
+    config = spared_rewriting(config, base)
     folder.mkdir(parents=True, exist_ok=True)
     with written_beside(folder / FILES[0]) as path:
         save_file(tensors, path, metadata={"format": "pt"})
@@ -58,7 +66,9 @@ def _written(part: SavedPart) -> Written:
     values = {**part.params, "": shared, CONSTANTS: part.constants}
     keys = _keys(method, sites).items()
     tensors = {key: _plain(values[path][name]).reshape(shape) for key, (path, name, shape) in keys}
-    return {"peft_type": method.peft_type, **method.to_peft(sites)}, tensors
+    whole = [key for key, (_, name, _) in keys if name in method.whole_numbers]
+    tensors |= {key: tensors[key].to(torch.int32) for key in whole}
+    return {"peft_type": method.peft_type, **method.to_peft(sites)}, unstacked_keys(tensors, sites)
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -128,8 +138,10 @@ class _Reading:
         self, config: Mapping[str, Any], stored: Mapping[str, Tensor], base: Structure, where: str, file: str
     ) -> None:
         self.config, self.base, self.where, self.file = config, base, where, file
-        self.stored = _own_keys(stored, base)
         self.kind = _kind(config, where)
+        check_fields(config, self.kind, where)
+        began_inside(config, where)  # a start that cannot be found again is said first
+        self.config, self.stored = stacked_keys(config, true_names(stored, base, where), base, where)
 
     def parts(self) -> list[Stored]:
         try:
@@ -145,17 +157,17 @@ class _Reading:
         return found
 
     def _parts(self) -> list[Stored]:
+        """A module that the adapter has of its own comes first: the others add to what it gives."""
         beside = self._beside()
+        self._check_beside(beside)
+        own = None
+        if self.kind.peft_fields is not None and not self.kind.replaces:  # other files hold no weights of the base
+            had = {f"{path}.{name}" for _, values in beside for path, of in values.items() for name in of}
+            own = taken_weights(self.stored, self.base, self.where, had)
         method, sites = self._host()
-        self._check_fields(method, [other for other, _ in beside])
-        return [(method, self._fitted(method, sites)), *beside]
-
-    def _check_fields(self, method: Method, others: Sequence[Method]) -> None:
-        """Raises: FormatError where the config asks for more than is read."""
-        known = {name for other in (method, *others) for name in other.fields_beside(method, []) or ()}
-        for name in FOREIGN:
-            if self.config.get(name) not in (None, [], "none") and name not in known:
-                raise FormatError(f"{CONFIG} of {self.where} sets {name}, which is not supported", "Load it with peft.")
+        values = self._fitted(method, sites)
+        host = method.beside_whole_base(self.config, values, sites)
+        return [host, *beside] if own is None else [own, host, *beside]
 
     def _beside(self) -> list[Stored]:
         """The methods beside that of the config; each takes its tensors before the next is asked, saved modules with
@@ -168,6 +180,24 @@ class _Reading:
                 found.append((method, self._fitted(method, method.sites(self.base))))
         return found
 
+    def _check_beside(self, beside: Sequence[Stored]) -> None:
+        """Raises: FormatError naming a saved module, or biases of the base, that the config has and the file lacks."""
+        if not self.config.get("modules_to_save") and self.config.get("bias") in (None, "none"):
+            return
+        had = {f"{path}.{name}" for _, values in beside for path, own in values.items() for name in own}
+        had |= {key.removeprefix(ROOT) for key in self.stored}
+        saved = tuple(self.config.get("modules_to_save") or ())
+        names = [name for name, _ in self.base.model.named_parameters()]
+        lost = [name for name in names if name not in had and any(holds_name(name, one) for one in saved)]
+        bias = self.config.get("bias") or "none"
+        if bias not in ("none", "all") and not bias.endswith("_only"):
+            what = f"{CONFIG} of {self.where} sets bias to {bias!r}"
+            raise FormatError(what, 'HF PEFT knows "none", "all" and "lora_only".')
+        if bias == "all" and not any(name.endswith(".bias") for name in had):
+            lost += [name for name in names if name.endswith(".bias")]
+        if lost:
+            raise FormatError(f"{self.where} lacks {lost[0]!r}, which its config names", "The checkpoint is not whole.")
+
     def _host(self) -> tuple[Method, list[Site]]:
         """The method of the config and its sites, where need be from the modules that the stored keys name."""
         if self.kind.placed_by_settings:
@@ -175,8 +205,10 @@ class _Reading:
             return method, method.sites(self.base)
         base = self.base
         sites = {s.path: s for s in [*base.heads, *base.sublayers, *base.embeddings, *base.projections, *base.norms]}
-        method = self.kind.from_peft(self.config, self._paths(sites))
-        return method, [sites[path] for path in self._paths(sites)]
+        experts = self.config.get("target_parameters")
+        sites |= {s.path: s for s in base.experts if s.path in experts} if experts else {}
+        paths = self._paths(sites)
+        return self.kind.from_peft(self.config, paths), [sites[path] for path in paths]
 
     def _paths(self, sites: Mapping[str, Site]) -> list[str]:
         owners = {key: _owner(key, sites) for key in self.stored if key.startswith(ROOT)}  # constants have no module
@@ -186,62 +218,59 @@ class _Reading:
                 f"first {strangers[0]!r}",
                 "The adapter was trained on another base.",
             )
-        found = set(owners.values())
-        self._check_targets(sites, {path for path in found if path is not None})
-        return [path for path in sites if path in found]
+        held = set(owners.values())
+        found = {path: site for path, site in sites.items() if path in held}
+        self._check_targets([path for path, site in sites.items() if not site.experts], found)
+        return [*found]
 
-    def _check_targets(self, sites: Mapping[str, Site], found: set[str]) -> None:
-        """Modules that the config targets but the file has nothing for would be silently untrained."""
-        targets = self.config.get("target_modules") or []
-        layers = self.config.get("layers_to_transform")
-        kept = {layers} if isinstance(layers, int) else set(layers) if layers else None
-        whole = tuple(self.config.get("modules_to_save") or ())  # HF PEFT takes no target inside of those
-        listed = frozenset(() if isinstance(targets, str) else targets)
-        for path, site in sites.items():
-            if whole and any(around.endswith(whole) for around in _around(path)):
-                continue
-            if isinstance(targets, str):
-                named = re.fullmatch(targets, path) is not None
-            else:
-                named = not listed.isdisjoint(endings(path))
-            if named and path not in found and (kept is None or site.layer in kept):
-                raise FormatError(
-                    f"{self.where} targets {path!r} but holds no tensor for it", "The checkpoint is not whole."
-                )
+    def _check_targets(self, modules: Sequence[str], found: Collection[str]) -> None:
+        """Raises: FormatError naming a module that the config targets and the file has nothing for; or, where the
+        config names modules of the file at all, one of the file's that it does not target."""
+        names = Named(self.config)
+        targets = {path: names(path) for path in modules}
+        if lost := next((path for path in modules if targets[path] and path not in found), None):
+            raise FormatError(
+                f"{self.where} targets {lost!r} but holds no tensor for it", "The checkpoint is not whole."
+            )
+        if self._names_more() or not any(targets.get(path) for path in found):
+            return  # an earlier release's names, or none
+        if more := next((path for path in found if not targets.get(path)), None):
+            what = f"{self.where} holds tensors for {more!r}, which its config does not target"
+            raise FormatError(what, "HF PEFT would leave them out: mend target_modules, or take them out of the file.")
+
+    def _names_more(self) -> bool:
+        """Whether fields beside target_modules say what an adapter acts on."""
+        return bool(self.config.get("target_parameters") or self.config.get("ensure_weight_tying"))
 
     def _fitted(self, method: Method, sites: Sequence[Site]) -> Tensors:
         """Every tensor of one method in its place, in this library's shape; they are taken out of `stored`."""
-        tensors: Tensors = {}
-        for key, (path, name, shape) in _keys(method, sites).items():
-            key = key if key in self.stored else key.replace(ROOT, SHORT_ROOT, 1)
-            if key not in self.stored:
-                raise FormatError(f"{self.where} lacks the tensor {key!r}", "The checkpoint is not whole.")
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for wanted, (path, name, shape) in _keys(method, sites).items():
+            key = self._stored_key(wanted, path)
             value = self.stored.pop(key)
-            if tuple(value.shape) != shape:
-                raise FormatError(
-                    f"{key!r} in {self.where} has shape {tuple(value.shape)}, the base needs {shape}",
-                    "The adapter was trained on another base, or its config was edited.",
-                )
+            check_shape(key, tuple(value.shape), shape, self.base, self.where)
+            if path != CONSTANTS and name not in method.whole_numbers:
+                check_numbers(key, value, self.where)
             tensors.setdefault(path, {})[name] = value if path == CONSTANTS else method.own_shape(name, value)
+        for site in sites:
+            for end, name in method.copied_keys(site).items():
+                key = f"{ROOT}{site.path}.{end}"
+                if key in self.stored and not torch.equal(self.stored.pop(key), tensors[CONSTANTS][name]):
+                    raise FormatError(f"{key!r} in {self.where} is not what all sites share", "Save the adapter again.")
         return tensors
 
-
-def _own_keys(stored: Mapping[str, Tensor], base: Structure) -> dict[str, Tensor]:
-    """Tensors of the base itself by the base's own names, without HF PEFT's wrapper; a parameter that a module shares
-    with one inside of it (BERT's head with its decoder) by the inner name."""
-    plain = {key.replace(f".{BASE_LAYER}.", "."): value for key, value in stored.items()}
-    parameters = {ROOT + name: p for name, p in base.model.named_parameters(remove_duplicate=False)}
-    for key in [key for key in plain if key in parameters]:
-        around = key.rpartition(".")[0] + "."
-        inner = (name for name, p in parameters.items() if p is parameters[key] and name.startswith(around))
-        plain[next((name for name in inner if name != key), key)] = plain.pop(key)
-    return plain
-
-
-def _around(path: str) -> list[str]:
-    """Paths of the modules around the one at `path`, and its own."""
-    names = path.split(".")
-    return [".".join(names[: n + 1]) for n in range(len(names))]
+    def _stored_key(self, wanted: str, path: str) -> str:
+        """By what key the file has the tensor `wanted` of the module at `path`; raw state dicts hold the adapter's name
+        too. Raises: FormatError where it has none."""
+        for key in (wanted, wanted.replace(ROOT, SHORT_ROOT, 1)):
+            if key in self.stored:
+                return key
+        inside = f"{ROOT}{path}." if wanted.startswith(f"{ROOT}{path}.") else ""
+        container = inside + wanted.removeprefix(inside).partition(".")[0]
+        key = without_adapter_name(self.stored, wanted, container, self.where)
+        if key is None:
+            raise FormatError(f"{self.where} lacks the tensor {wanted!r}", "The checkpoint is not whole.")
+        return key
 
 
 def _owner(key: str, sites: Mapping[str, Site]) -> str | None:

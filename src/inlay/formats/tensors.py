@@ -11,7 +11,9 @@ from torch import Tensor
 
 from inlay.errors import FormatError, InlayError
 
-__all__ = ["read_tensors"]
+__all__ = ["check_numbers", "read_tensors"]
+
+NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -28,15 +30,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         loaded = load_file(path) if path.suffix == ".safetensors" else _foreign(path)
     except SafetensorError as error:
         raise FormatError(f"{path} is not a whole safetensors file ({error})", "Copy or train it again.") from None
+    except OSError as error:  # what opens and still is no file on a disk
+        raise InlayError(f"{path} cannot be read ({error})", "Copy it into the folder.") from None
     for key, value in loaded.items():
         if not isinstance(value, Tensor):
             raise FormatError(f"{path} holds {key!r}, which is not a tensor", "Only tensors are read.")
-    numbers = {key: value for key, value in loaded.items() if value.is_floating_point()}
+    numbers = {key: value for key, value in loaded.items() if value.dtype in NUMBERS}
     if not bool(torch.nn.utils.get_total_norm([*numbers.values()]).isfinite()):  # one look at all is quicker than many
         for key, value in numbers.items():
             if not bool(value.isfinite().all()):
                 raise FormatError(f"{path}: tensor {key!r} holds NaN or infinite values", "The adapter has diverged.")
     return loaded
+
+
+def check_numbers(key: str, value: Tensor, where: str) -> None:
+    """Raises: FormatError where the values of a parameter are whole, complex, or of fewer than 16 bits."""
+    if value.dtype not in NUMBERS:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise FormatError(f"{key!r} in {where} is of {kind}", "Parameters are float32, float16, bfloat16 or float64.")
 
 
 def _foreign(path: Path) -> dict[str, Tensor]:

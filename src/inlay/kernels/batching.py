@@ -1,8 +1,9 @@
 """Which low-rank products of one stream are computed as one batched product, and where their tokens lie in it.
 
-Small products cost float32 little more than their arithmetic, so that there only equal neighbours pay; every product in
-half precision costs some 20 us, and so does a kernel's start on an accelerator: there products of like ranks are padded
-to one (benchmarks/kernel_speed.py has the figures). Padding repeats a product's own tokens: no token meets another's.
+Products of many tokens cost little more than their arithmetic, so that there only equal neighbours pay; every product
+in half precision costs some 20 us, and so does a kernel's start on an accelerator: there products of like ranks are
+padded to one (benchmarks/kernel_speed.py has the figures). Padding repeats a product's own tokens: no token meets
+another's.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from torch import Tensor
 
 from .gather import padded_index
 
-__all__ = ["Block", "batched"]
+__all__ = ["Block", "batched", "pads", "stacked"]
 
 RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks that products are padded to."""
 WASTE = 2.0
 """How many times the tokens of a block may be what they are without padding."""
+
+SMALL, SMALL_HALF = 64, 256
+"""Mean tokens of a product up to which a processor is faster with one padded product, in float32 (where it is the
+threads that gain: each takes whole products) and in half precision."""
 
 Spans = tuple[tuple[int, int], ...]
 Shape = tuple[Spans, int]
@@ -65,6 +70,28 @@ class Block:
             y[self.start : self.stop].add_(flat)
         else:
             y.index_add_(0, self.tokens, flat.index_select(0, self.home))
+
+
+def pads(x: Tensor, shapes: Sequence[Shape]) -> bool:
+    """Whether products of unlike ranks and sizes are better one padded product than several of their own."""
+    if x.is_cuda:
+        return True
+    tokens = sum(map(_size, shapes)) / max(1, len(shapes))
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return tokens <= SMALL_HALF
+    return tokens <= SMALL and torch.get_num_threads() > 1
+
+
+def stacked(parts: Sequence[Tensor], size: int, dim: int) -> Tensor:
+    """K matrices as one tensor (K, ...), each filled up with zeros to `size` along `dim`."""
+    if all(part.shape[dim] == size for part in parts):
+        return torch.stack(list(parts))
+    shape = [len(parts), *parts[0].shape]
+    shape[dim + 1] = size
+    whole = parts[0].new_zeros(shape)
+    places = [own.narrow(dim, 0, part.shape[dim]) for own, part in zip(whole, parts, strict=True)]
+    torch._foreach_copy_(places, list(parts))  # pyright: ignore
+    return whole
 
 
 @lru_cache(256)

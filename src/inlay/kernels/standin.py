@@ -17,23 +17,24 @@ Run = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 class StandIn:
-    """Calls `run(original, args, kwargs)` in the place of `original`, the forward that `module` has had."""
+    """Calls `run(original, args, kwargs)` in the place of `original`, the forward that `module` has had, or another of
+    its methods by `name`."""
 
-    def __init__(self, module: nn.Module, run: Run) -> None:
-        self.module, self.original, self._run = module, module.forward, Uncompiled(run)
+    def __init__(self, module: nn.Module, run: Run, name: str = "forward") -> None:
+        self.module, self.name, self.original, self._run = module, name, getattr(module, name), Uncompiled(run)
         update_wrapper(self, self.original)  # who asks for its signature gets the module's own
-        self._before = vars(module).get("forward")
-        module.forward = self  # pyright: ignore[reportAttributeAccessIssue]
+        self._before = vars(module).get(name)
+        setattr(module, name, self)
         forget_compiled()
 
     def remove(self) -> None:
-        """Give the module its forward back, unless somebody else has put another over ours."""
-        if vars(self.module).get("forward") is not self:
+        """Give the module its own back, unless somebody else has put another over ours."""
+        if vars(self.module).get(self.name) is not self:
             return
         if self._before is None:
-            del self.module.forward
+            delattr(self.module, self.name)
         else:
-            self.module.forward = self._before
+            setattr(self.module, self.name, self._before)
         forget_compiled()
 
     @never_compiled
@@ -44,7 +45,7 @@ class StandIn:
         return copy.deepcopy(self.original, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (getattr, (self.module, "forward")) if self._before is None else (_same, (self._before,))
+        return (getattr, (self.module, self.name)) if self._before is None else (_same, (self._before,))
 
 
 def _same(forward: Any) -> Any:

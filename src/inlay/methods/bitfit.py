@@ -83,7 +83,8 @@ class BitFit(Method):
     def read_beside(cls, config: Mapping[str, Any], keys: Collection[str]) -> Method | None:
         if config.get("bias") in (None, "none") or config.get("lora_bias"):
             return None
-        return cls(targets=[key.removesuffix(".bias") for key in keys if key.endswith(".bias")])
+        targets = [key.removesuffix(".bias") for key in keys if key.endswith(".bias")]
+        return cls(targets=targets) if targets else None
 
     def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
         return {

@@ -15,23 +15,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from inlay.errors import UsageError
-from inlay.sites.site import plain_call
 from inlay.values import Help, Positive
 
 from .common import ACTIVATIONS, Activation, in_layers
-from .contract import Dropout, Layers, Method, Params, Site, Structure, Tokens
+from .contract import BottleneckForm, Dropout, Layers, Method, Params, Site, Structure, Tokens
 
-__all__ = ["BehindAttention", "Bottleneck", "Houlsby", "Pfeiffer", "Reduction"]
+__all__ = ["BehindAttention", "Bottleneck", "Houlsby", "Pfeiffer", "Reads", "Reduction"]
 
 Reduction = Annotated[Positive, Help("hidden size by bottleneck size")]
 BehindAttention = Annotated[bool, Help("one behind attention")]
+Reads = Literal["output", "stream", "behind"]
 AfterNorm = Annotated[bool, Help("read the stream after the block's addition and norm")]
 
 
@@ -72,17 +71,22 @@ class Bottleneck(Method):
             "up_bias": torch.zeros(wide),
         }
 
-    def reads(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """What D is applied to, (n, hidden)."""
-        return y
+    def reads(self) -> Reads:
+        """What D is applied to."""
+        return "output"
 
     def scale(self, params: Params) -> Tensor | float:
         return self.scaling
 
+    def bottleneck(self, params: Params, site: Site) -> BottleneckForm:
+        return BottleneckForm(
+            params["down"], params["down_bias"], params["up"], params["up_bias"],
+            ACTIVATIONS[self.non_linearity], self.scale(params), self.reads(),
+        )  # fmt: skip
+
     def output(self, params: Params, x: Tensor, y: Tensor, site: Site, tokens: Tokens) -> Tensor:
-        z = F.linear(self.reads(x, y, site), params["down"], params["down_bias"])
-        added = F.linear(ACTIVATIONS[self.non_linearity](z), params["up"], params["up_bias"]) * self.scale(params)
-        return y + tokens.dropout(added, self.dropout)
+        form = self.bottleneck(params, site)
+        return y + tokens.dropout(form.added(form.read(x, y, site)), self.dropout)
 
     def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
         wide, small = site.out_features, self.size(site)
@@ -108,10 +112,8 @@ class Sequential(Bottleneck):
 
     original_ln_before: AfterNorm = False
 
-    def reads(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        if not self.original_ln_before:
-            return y
-        return x + y if site.norm is None else plain_call(site.norm, {}, x + y)
+    def reads(self) -> Reads:
+        return "behind" if self.original_ln_before else "output"
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,36 @@
-"""What the settings of several methods share: activations, and the blocks that are kept."""
+"""What the settings of several methods share: activations, the blocks that are kept, values by the end of a path."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
 from torch.nn import functional as F
 
-from inlay.values import Help, OneOf
+from inlay.errors import UsageError
+from inlay.values import Count, Help, OneOf, Positive
 
-from .contract import Layers, Site, Structure, parse_layers
+from .contract import Layers, Method, Site, Structure, check_pattern, parse_layers
 
-__all__ = ["ACTIVATIONS", "Activation", "in_layers"]
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Ranks",
+    "Scales",
+    "check_named",
+    "check_patterns",
+    "check_rank",
+    "in_layers",
+    "patterned",
+]
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh}
 Activation = Annotated[str, OneOf(tuple(ACTIVATIONS), "non_linearity"), Help("between the two projections")]
+
+Ranks = Annotated[Mapping[str, Count], Help("other ranks, by the end of a module's path")]
+Scales = Annotated[Mapping[str, Positive], Help("other scales, by the end of a module's path")]
 
 
 def in_layers(sites: list[Site], layers: Layers, base: Structure) -> list[Site]:
@@ -23,3 +39,32 @@ def in_layers(sites: list[Site], layers: Layers, base: Structure) -> list[Site]:
         return sites
     kept = parse_layers(layers, 1 + max(base.blocks.values(), default=-1))
     return [site for site in sites if site.layer in kept]
+
+
+def patterned(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the first pattern that matches the end of `path`, else `default`."""
+    return next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", path)), default)
+
+
+def check_patterns(method: Method, *names: str) -> None:
+    """Raises: UsageError where a pattern in one of these settings is no regular expression."""
+    for name in names:
+        for pattern in getattr(method, name):
+            check_pattern(pattern, f"{method.title}'s {name}")
+
+
+def check_named(method: Method, sites: Sequence[Site], *names: str) -> None:
+    """Raises: UsageError where a pattern in one of these settings matches none of the sites."""
+    for name in names:
+        for pattern in getattr(method, name):
+            if not any(patterned({pattern: 1.0}, site.path, 0.0) for site in sites):
+                what = f"{method.title}'s {name} names {pattern!r}, which no target ends in"
+                raise UsageError(what, "Name a target.")
+
+
+def check_rank(method: Method, r: int, site: Site) -> None:
+    """Raises: UsageError where a rank is more than a weight's larger side."""
+    if r > max(site.in_features, site.out_features):
+        shape = f"({site.out_features}, {site.in_features})"
+        what = f"{method.title}'s r is {r}, more than {site.path} {shape} has rows or columns"
+        raise UsageError(what, "4 to 32 is usual.")

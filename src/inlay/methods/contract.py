@@ -17,14 +17,17 @@ from annotated_types import Le
 from torch import Tensor
 
 from inlay.errors import UsageError
+from inlay.sites.parameters import select_experts, split_targets
 from inlay.sites.site import Site
 from inlay.sites.structure import Structure
 from inlay.sites.targets import check_pattern, parse_layers, select_projections
 from inlay.values import Checked, Count, Help, Share
 
-from .form import LinearForm, merged
+from .form import BottleneckForm, LinearForm, merged
+from .peft_fields import Fields
 
 __all__ = [
+    "BottleneckForm",
     "Dropout",
     "Layers",
     "Length",
@@ -38,7 +41,9 @@ __all__ = [
     "check_pattern",
     "merged",
     "parse_layers",
+    "select_experts",
     "select_projections",
+    "split_targets",
 ]
 
 Targets = Annotated[
@@ -74,6 +79,11 @@ class Tokens(Protocol):
         itself outside of training."""
         ...
 
+    def normal(self, like: Tensor) -> Tensor | None:
+        """Standard normal numbers of the shape and dtype of `like` (n, width), which belong to the token as masks do;
+        None outside of training."""
+        ...
+
 
 @dataclass(frozen=True)
 class Method(Checked, ABC):
@@ -86,6 +96,8 @@ class Method(Checked, ABC):
     paper: ClassVar[str]
     peft_type: ClassVar[str]
     """What HF PEFT calls the method in adapter_config.json."""
+    peft_fields: ClassVar[Fields | None] = None
+    """The fields of that file; None for methods that HF PEFT does not have, whose fields are their settings."""
     placed_by_settings: ClassVar[bool] = False
     """Whether settings alone say the sites, so that no key of a checkpoint is needed to find them."""
 
@@ -94,6 +106,9 @@ class Method(Checked, ABC):
 
     untrained: ClassVar[frozenset[str]] = frozenset()
     """Names of parameters of its sites that belong to an adapter and are saved with it, but never trained."""
+
+    whole_numbers: ClassVar[frozenset[str]] = frozenset()
+    """Those of the `untrained` that are whole numbers (below 2^24), as which checkpoints hold them."""
 
     peft_bias: ClassVar[bool] = False
     """Whether HF PEFT's config of the method has a field `bias`, which says that biases of the base are trained too."""
@@ -152,6 +167,11 @@ class Method(Checked, ABC):
         return 0.0
 
     # ---- sites of other kinds, and methods without a form
+
+    def bottleneck(self, params: Params, site: Site) -> BottleneckForm | None:
+        """The method as a bottleneck at a sublayer, if it is one: what `output` gives outside of training. Then many
+        adapters are computed together where each has few tokens."""
+        return None
 
     def output(self, params: Params, x: Tensor, y: Tensor, site: Site, tokens: Tokens) -> Tensor:
         """The output that leaves the site instead of y, for ONE adapter: x is (n, in), y and the result (n, out).
@@ -228,6 +248,10 @@ class Method(Checked, ABC):
         """For each of the `constants` that a checkpoint holds, its key and shape there."""
         return {}
 
+    def copied_keys(self, site: Site) -> dict[str, str]:
+        """Ends of keys at `site` that a checkpoint may have beside those, with the constant that each holds again."""
+        return {}
+
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
         """Whether an HF PEFT config describes this method; where a subclass claims it too, it is the subclass's."""
@@ -244,6 +268,13 @@ class Method(Checked, ABC):
         `keys` (without HF PEFT's root); None where it describes none.
         """
         return None
+
+    def beside_whole_base(
+        self, config: Mapping[str, Any], values: Mapping[str, Mapping[str, Tensor]], sites: Sequence[Site]
+    ) -> tuple[Method, Mapping[str, Mapping[str, Tensor]]]:
+        """The method with its values at `sites`, read by an HF PEFT config, as they are beside the base as it is: for
+        adapters that began inside of its weights. Raises: FormatError where they cannot be."""
+        return self, values
 
     @abstractmethod
     def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class DoRA(LoRA):
         return {**super().peft_keys(site), "m": ("lora_magnitude_vector", (site.out_features,))}
 
     def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
-        return super().to_peft(sites) | {"use_dora": True}
+        return {k: v for k, v in super().to_peft(sites).items() if k != "target_parameters"} | {"use_dora": True}
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:

@@ -1,16 +1,20 @@
-"""The linear form: what nearly every method is at a linear site, and how it is written into the base's weights."""
+"""The linear form: what nearly every method is at a linear site, and how it is written into the base's weights; and the
+form of a bottleneck at a sublayer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from inlay.errors import UsageError
-from inlay.sites.site import Site
+from inlay.sites.site import Site, plain_call
 
-__all__ = ["LinearForm", "merged"]
+__all__ = ["BottleneckForm", "LinearForm", "merged"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class LinearForm:
     `down` is D (r, in) and `up` U (out, r), both there or neither; `scale` is s, `middle` m (r,) and `outer` v (out,);
     `in_scale` is c (in,), `out_scale` a (out,) and `shift` b (out,). Each may be None, and then changes nothing. At an
     embedding, D's columns are looked up by token id; at a norm, y is what the norm gives with weights of one and no
-    bias.
+    bias. At a parameter of E experts there are D (E, r, in) and U (E, out, r) alone, each expert with its own.
     """
 
     down: Tensor | None = None
@@ -34,6 +38,12 @@ class LinearForm:
     out_scale: Tensor | None = None
     shift: Tensor | None = None
 
+    def cast(self, dtype: torch.dtype | None) -> LinearForm:
+        """The same, with the factors of its product in the dtype of the computation; as it is where that is None."""
+        if dtype is None or self.down is None or self.up is None or self.down.dtype == self.up.dtype == dtype:
+            return self
+        return replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
+
     def product(self) -> Tensor | None:
         """s * v * U m D (out, in), or None."""
         if self.down is None or self.up is None:
@@ -41,6 +51,37 @@ class LinearForm:
         down = self.down if self.middle is None else self.middle[:, None] * self.down
         made = self.up @ down * self.scale
         return made if self.outer is None else self.outer[:, None] * made
+
+
+@dataclass(frozen=True)
+class BottleneckForm:
+    """A small network beside a sublayer:
+
+        y' = y + s (U act(D z + d) + u)
+
+    `down` is D (r, hidden), `down_bias` d (r,), `up` U (hidden, r), `up_bias` u (hidden,) and `scale` s, a number or
+    (1,). z is what it `reads`: the sublayer's "output" y, the residual "stream" x that y is added to, or the stream
+    "behind" both: x + y, in a post-norm block behind its norm.
+    """
+
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    activation: Callable[[Tensor], Tensor]
+    scale: Tensor | float = 1.0
+    reads: Literal["output", "stream", "behind"] = "output"
+
+    def read(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """z (n, hidden)."""
+        if self.reads == "behind":
+            return x + y if site.norm is None else plain_call(site.norm, {}, x + y)
+        return y if self.reads == "output" else x
+
+    def added(self, z: Tensor) -> Tensor:
+        """What is added to y, (n, hidden)."""
+        made = F.linear(self.activation(F.linear(z, self.down, self.down_bias)), self.up, self.up_bias)
+        return made if isinstance(self.scale, float) and self.scale == 1.0 else made * self.scale
 
 
 def merged(forms: Sequence[LinearForm], site: Site) -> dict[str, Tensor]:
@@ -51,6 +92,9 @@ def merged(forms: Sequence[LinearForm], site: Site) -> dict[str, Tensor]:
     """
     if site.kind == "norm":
         return _merged_norm(forms[-1], site)  # each begins anew from the normalised input
+    if site.experts:
+        weight = sum((product for form in forms if (product := form.product()) is not None), site.weight())
+        return {site.name: weight.mT if site.transposed else weight}
     weight, bias = site.weight(), getattr(site.module, "bias", None)
     first = bias.detach() if isinstance(bias, Tensor) else None
     bias = first

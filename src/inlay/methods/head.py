@@ -19,6 +19,7 @@ from inlay.errors import UsageError
 from inlay.values import Help
 
 from .contract import Method, Params, Site, Structure, Tokens
+from .peft_fields import LORA_FIELDS
 
 __all__ = ["ModulesToSave"]
 
@@ -37,6 +38,7 @@ class ModulesToSave(Method):
     title = "Modules to save"
     paper = "modules_to_save of HF PEFT"
     peft_type = ""  # a field of other methods' configs there, no type of its own
+    peft_fields = LORA_FIELDS  # alone, it stands in a config of that type
     replaces = True
     lr = 0.001
 

@@ -21,6 +21,7 @@ from inlay.errors import UsageError
 from inlay.values import Help
 
 from .contract import Layers, LinearForm, Method, Params, Site, Structure, Targets, select_projections
+from .peft_fields import IA3_FIELDS
 
 __all__ = ["IA3"]
 
@@ -35,6 +36,7 @@ class IA3(Method):
     title = "IA³"
     paper = "arXiv:2205.05638"
     peft_type = "IA3"
+    peft_fields = IA3_FIELDS
     lr = 0.01
 
     targets: Annotated[Targets | None, Help("module names or a group; keys, values and MLP outputs where unset")] = None

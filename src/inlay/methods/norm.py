@@ -19,6 +19,7 @@ from inlay.errors import UsageError
 from inlay.values import Help
 
 from .contract import Layers, LinearForm, Method, Params, Site, Structure, parse_layers
+from .peft_fields import NORM_FIELDS
 
 __all__ = ["NormTuning"]
 
@@ -30,6 +31,7 @@ class NormTuning(Method):
     title = "Norm tuning"
     paper = "arXiv:2312.11420"
     peft_type = "LN_TUNING"
+    peft_fields = NORM_FIELDS
     lr = 0.003
 
     targets: Annotated[Sequence[str] | None, Help("endings of the norms' paths; every norm where unset")] = None

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inlay.errors import FormatError, UsageError
+from inlay.errors import UsageError
 from inlay.sites.observe import attention_sites, uses_interface
 from inlay.values import Count, Help
 
 from .contract import Length, Method, Params, Site, Structure
+from .peft_fields import PREFIX_FIELDS
 
 __all__ = ["PrefixTuning"]
 
@@ -39,6 +40,7 @@ class PrefixTuning(Method):
     title = "Prefix tuning"
     paper = "arXiv:2101.00190"
     peft_type = "PREFIX_TUNING"
+    peft_fields = PREFIX_FIELDS
     lr = 0.01
     placed_by_settings = True
 
@@ -117,6 +119,4 @@ class PrefixTuning(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> PrefixTuning:
-        if config.get("init_weights") not in (None, True, False):
-            raise FormatError("the prefix checkpoint sets init_weights to a method", "Save it again with peft.")
         return cls(num_virtual_tokens=config["num_virtual_tokens"])

@@ -22,6 +22,7 @@ from inlay.sites.site import plain_call
 from inlay.values import Count, Help, OneOf
 
 from .contract import Length, Method, Params, Site, Structure
+from .peft_fields import PROMPT_FIELDS
 
 __all__ = ["PromptTuning"]
 
@@ -38,6 +39,7 @@ class PromptTuning(Method):
     title = "Prompt tuning"
     paper = "arXiv:2104.08691"
     peft_type = "PROMPT_TUNING"
+    peft_fields = PROMPT_FIELDS
     lr = 1e-2
     placed_by_settings = True
 
@@ -59,7 +61,10 @@ class PromptTuning(Method):
         return self.num_virtual_tokens
 
     def sites(self, base: Structure) -> list[Site]:
-        table: Any = base.stacks[0].get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        try:
+            table: Any = base.stacks[0].get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        except (AttributeError, NotImplementedError):
+            table = None
         site = next((s for s in base.tables if s.module is table), None)
         if site is None:
             raise UsageError("prompt tuning needs a base that embeds token ids", "Choose LoRA or prefix tuning.")

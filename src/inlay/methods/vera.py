@@ -22,6 +22,7 @@ from inlay.errors import UsageError
 from inlay.values import Count, Help
 
 from .contract import Dropout, Layers, LinearForm, Method, Params, Site, Structure, Targets, select_projections
+from .peft_fields import VERA_FIELDS
 
 __all__ = ["VeRA"]
 
@@ -39,6 +40,7 @@ class VeRA(Method):
     title = "VeRA"
     paper = "arXiv:2310.11454"
     peft_type = "VERA"
+    peft_fields = VERA_FIELDS
     peft_bias = True
     lr = 4e-3
 

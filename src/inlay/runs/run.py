@@ -18,6 +18,7 @@ from inlay.errors import InlayError, UsageError
 from inlay.evaluation.score import metrics_of
 from inlay.files import finite, write_json
 from inlay.runtime.memory import TokenBudget, bound_kernels, parse_size, peak_memory_mb
+from inlay.sites.parameters import experts_left_out
 from inlay.training.plan import Plan
 
 from .context import Context, OnMessage
@@ -26,6 +27,7 @@ from .estimate import estimate_mb
 from .finish import finish
 from .folder import RunFolder
 from .libraries import check_libraries
+from .processes import check_one_process
 from .record import Record
 from .resuming import Start, check_same, start_of
 from .session import OnStep, Select, Session
@@ -58,6 +60,7 @@ def run(
     everything that `resume` needs is on the disk.
     """
     on_message = on_message or (lambda line: print(line, file=sys.stderr, flush=True))
+    check_one_process()
     folder = RunFolder(settings.out)
     start = start_of(settings, plans, folder)
     if start.over:
@@ -94,7 +97,8 @@ def _context(
     base = load_base(settings.base, start.dtype(settings), settings.device, settings.quantize, head)
     bank = attach(base.model)
     plans = _for_base(settings, plans, source, base, bank)
-    dataset = dataclasses.replace(dataset, notices=(*why, *dataset.notices, *task_notices(base, dataset)))
+    notices = (*why, *dataset.notices, *task_notices(base, dataset), *_left_out(plans, bank))
+    dataset = dataclasses.replace(dataset, notices=notices)
     for line in dataset.notices:  # once nothing can be wrong with the call any more
         on_message(line)
     device = next(base.model.parameters()).device
@@ -102,6 +106,13 @@ def _context(
     return Context(
         given, settings, plans, dataset, base, bank, folder, metric, budget, on_message, on_progress, listed or ()
     )  # fmt: skip
+
+
+def _left_out(plans: Sequence[Plan], bank: Bank) -> list[str]:
+    """What the methods leave alone of a base whose experts are parameters, each line once."""
+    parts: list[Any] = [part for plan in plans for part in plan.method.parts() if hasattr(part, "targets")]
+    found = (experts_left_out(bank.base, part.targets, part.sites(bank.base)) for part in parts)
+    return list(dict.fromkeys(line for line in found if line is not None))
 
 
 def _for_base(settings: Settings, plans: list[Plan], source: Path | None, base: Base, bank: Bank) -> list[Plan]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["CACHES", "CROSS_ATTENTION", "FUSED_EXPERTS", "HEADS", "IS_ATTENTION", "ROLES", "role_of"]
+__all__ = ["CACHES", "CACHE_LENGTHS", "CROSS_ATTENTION", "FUSED_EXPERTS", "HEADS", "IS_ATTENTION", "ROLES", "role_of"]
 
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "q", "q_lin", "wq", "query_proj", "q_b_proj", "to_q"),
@@ -27,6 +27,9 @@ HEADS = re.compile(
 
 CACHES = ("past_key_values", "cache", "cache_params")
 """What stacks call the keys and values, or the state, that they are given and hand back."""
+
+CACHE_LENGTHS = frozenset({"cache_length", "past_key_values_length"})
+"""What tables of positions call the number of tokens before those that they are asked for."""
 
 CROSS_ATTENTION = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)
 """Attention from a decoder to its encoder."""

@@ -14,6 +14,8 @@ from torch import nn
 
 from .formulas import norm_offset, table_scale
 from .recorder import Call, HeadShape, Recorder, first_tensor
+from .rows import other_input, second_rows, whole_rows
+from .scattered import scattered
 from .site import Site
 from .tiny import run_tiny
 
@@ -54,7 +56,9 @@ class Observation:
     the path of a linear layer, all of its block, in the order of calls, that read the very same tensor; itself is among
     them, and nobody is listed who reads alone. `unusable`: for the path of a linear layer or a table, why an adapter's
     hooks could not act there. `table_scale`: by what a table multiplies what it looks up. `norm_offset`: c of norms
-    that give n(x) * (weight + c) + bias.
+    that give n(x) * (weight + c) + bias. Paths of modules whose rows lie otherwise than one after another:
+    `second_rows` are given (tokens, rows, width), `whole_rows` several units of each row, `other_input` stand in
+    models of images or sounds beside the text's, and `scattered` are experts, which get some of the tokens each.
     """
 
     ran: bool
@@ -67,6 +71,10 @@ class Observation:
     unusable: Mapping[str, str]
     table_scale: Mapping[str, float]
     norm_offset: Mapping[str, float]
+    second_rows: frozenset[str] = frozenset()
+    whole_rows: frozenset[str] = frozenset()
+    other_input: frozenset[str] = frozenset()
+    scattered: frozenset[str] = frozenset()
 
     def silent(self, paths: Iterable[str]) -> list[str]:
         """Those of `paths` that the forward did not call; none where it could not be run."""
@@ -85,10 +93,17 @@ def observe(base: Base) -> Observation:
             unusable.setdefault(path, "gives something else than the rows of its ids")
     sublayers, streams = recorder.streams()
     offsets = {s.path: norm_offset(s.module, recorder.calls.get(s.path)) for s in base.scales}
+    calls, inside = recorder.calls, {module for stack in base.stacks for module in stack.modules()}
+    heads = {module: shape for module, shape in recorder.heads.items() if module in inside}  # a tower's are its own
+    paths = {s.path for sites in (base.projections, base.tables, base.scales, base.ends) for s in sites} | {
+        *base.blocks
+    }
     return Observation(
-        not why, why, recorder.calls, recorder.heads, tuple(sublayers), streams, recorder.same_input(), unusable,
+        not why, why, calls, heads, tuple(sublayers), streams, recorder.same_input(), unusable,
         {path: scale for path, scale in scales.items() if scale is not None},
-        {path: offset for path, offset in offsets.items() if offset is not None},
+        {path: offset for path, offset in offsets.items() if offset is not None}, second_rows(calls),
+        whole_rows(base.model, calls, paths), other_input(base.model, paths),
+        scattered(base.model, base.blocks, calls),
     )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ __all__ = ["Call", "HeadShape", "Recorder", "first_tensor"]
 @dataclass(frozen=True)
 class Call:
     """How a module was called: `inputs` tensors by position or name, `times` times; it `gives` a "tensor", or what its
-    result is else. Shapes are those of its first input and of the first tensor it gave; `turn` counts the calls of all
-    modules up to its last one's end.
+    result is else. Shapes are those of its first input, in `shapes` at every call, and of the first tensor it gave;
+    `turn` counts the calls of all modules up to its last one's end.
     """
 
     inputs: int
@@ -32,6 +32,7 @@ class Call:
     input_shape: tuple[int, ...] | None
     output_shape: tuple[int, ...] | None
     turn: int
+    shapes: frozenset[tuple[int, ...]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,14 @@ class Recorder:
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         first = out if isinstance(out, Tensor) else first_tensor(_values(out), {})
         path = self.paths[module]
+        shape = _shape(inputs[:1])
+        shapes = frozenset(() if shape is None else (shape,))
         if path in self.calls:
-            self.calls[path] = replace(self.calls[path], times=self.calls[path].times + 1, turn=self._turn)
+            call = self.calls[path]
+            self.calls[path] = replace(call, times=call.times + 1, turn=self._turn, shapes=call.shapes | shapes)
         else:
             gives = "tensor" if isinstance(out, Tensor) else type(out).__name__
-            self.calls[path] = Call(len(inputs), gives, 1, _shape(inputs[:1]), _shape([first]), self._turn)
+            self.calls[path] = Call(len(inputs), gives, 1, shape, _shape([first]), self._turn, shapes)
         self._traces.leaving(module, inputs[0] if inputs else None, first)
         if module in self.blocks:
             self._traces.end_block(first)

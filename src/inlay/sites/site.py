@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Site", "SiteKind", "is_conv1d", "plain_call"]
+__all__ = ["Site", "SiteKind", "bare", "is_conv1d", "plain_call"]
 
-SiteKind = Literal["linear", "embedding", "norm", "sublayer", "block", "attention", "tokens", "head"]
+SiteKind = Literal["linear", "embedding", "norm", "sublayer", "block", "attention", "tokens", "head", "experts"]
 """What a method sees there: "linear" x and y of a layer; "embedding" ids and the rows looked up; "norm" x and y of a
 norm; "sublayer" what attention or MLP gives and the residual stream it is added to; "block" the residual stream behind
 a block; "attention" queries, keys and values; "tokens" a row's embeddings, among which virtual ones can stand; "head"
-a whole module, with all its arguments."""
+a whole module, with all its arguments; "experts" one matrix for each expert of a mixture, held as one parameter."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -33,6 +33,8 @@ class Site:
     "decoder" or "" for models of one stack. `in_features` and `out_features` are the last dimensions of x and y; for
     an embedding, the number of rows and the width. `heads` and `head_dim` are those of keys (attention sites only).
     A norm's formula multiplies by its weight plus `offset`; a base multiplies what it looks up by `table_scale`.
+    Where the kind is "experts", `path` is the parameter's and `module` holds it; `experts` counts its matrices, whose
+    dimensions are `in_features` and `out_features`, and `stored_transposed` is whether it is stored as (E, in, out).
     """
 
     path: str
@@ -49,6 +51,8 @@ class Site:
     value_dim: int = 0
     offset: float = 0.0
     table_scale: float = 1.0
+    experts: int = 0
+    stored_transposed: bool = False
     norm: nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -64,7 +68,7 @@ class Site:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored as (in, out)."""
-        return is_conv1d(self.module)
+        return self.stored_transposed or is_conv1d(self.module)
 
     @property
     def quantized(self) -> bool:
@@ -73,31 +77,52 @@ class Site:
         return weight is not None and (type(weight.data) is not Tensor or not weight.is_floating_point())
 
     def weight(self) -> Tensor:
-        """The frozen weight as (out, in), dequantized where it must be; read for merges and starts, not in forward."""
-        weight: Any = self.module.weight
+        """The frozen weight as (out, in) or (E, out, in), dequantized where it must be; read for merges and starts, not
+        in forward."""
+        weight: Any = getattr(self.module, self.name) if self.experts else self.module.weight
         if getattr(weight, "quant_state", None) is not None:
             from bitsandbytes.functional import dequantize_4bit
 
             weight = dequantize_4bit(weight.data, weight.quant_state)
+        elif not self.experts and (scales := _row_scales(self.module)) is not None:
+            weight = weight.detach() * scales[:, None].to(weight.device) / 127  # bitsandbytes' 8 bits
         elif hasattr(weight, "dequantize") and type(weight.data) is not Tensor:
             weight = weight.dequantize()
         assert isinstance(weight, Tensor)
-        return weight.detach().t() if self.transposed else weight.detach()
+        return weight.detach().mT if self.transposed else weight.detach()
 
     def normalised(self, x: Tensor) -> Tensor:
         """What a norm gives for x with weights of one and no bias, hooks left out."""
+        return plain_call(self.module, self.neutral(), x)
+
+    def neutral(self) -> dict[str, Tensor]:
+        """A norm's own parameters, with which it neither scales nor shifts."""
         own = dict(self.module.named_parameters(recurse=False))
         neutral = {"weight": torch.full_like(own["weight"], 1 - self.offset)}
         if "bias" in own:
             neutral["bias"] = torch.zeros_like(own["bias"])
-        return plain_call(self.module, neutral, x)
+        return neutral
+
+
+def _row_scales(module: Any) -> Tensor | None:
+    """The largest number of each row of a weight (out, in) that bitsandbytes holds in 8 bits; it moves them in the
+    first forward."""
+    if getattr(module.weight, "SCB", None) is not None:
+        return module.weight.SCB
+    return getattr(getattr(module, "state", None), "SCB", None)
 
 
 def plain_call(module: nn.Module, params: Mapping[str, Tensor], *args: Tensor) -> Tensor:
     """Run `module` on `args` without its hooks, with `params` in the place of its own."""
-    bare = object.__new__(type(module))
-    bare.__dict__.update(module.__dict__)
-    bare.__dict__.pop("forward", None)  # what stands in for it holds on to `module`
+    return torch.func.functional_call(bare(module, {}), dict(params), args)
+
+
+def bare(module: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
+    """`module` without its hooks, with `params` in the place of some of its own; it shares all else with `module`."""
+    made = object.__new__(type(module))
+    made.__dict__.update(module.__dict__)
+    made.__dict__.pop("forward", None)  # what stands in for it holds on to `module`
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        bare.__dict__[hooks] = type(module.__dict__[hooks])()
-    return torch.func.functional_call(bare, dict(params), args)
+        made.__dict__[hooks] = type(module.__dict__[hooks])()
+    made.__dict__["_parameters"] = {**module._parameters, **params}
+    return made

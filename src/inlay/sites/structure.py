@@ -11,6 +11,7 @@ from torch import nn
 
 from .backbone import Backbone, observe_positions
 from .behind import block_sites, head_sites
+from .experts import Mixture, expert_sites, read_mixtures
 from .hints import CROSS_ATTENTION, FUSED_EXPERTS, HEADS, IS_ATTENTION, role_of
 from .observe import Observation, observe
 from .site import Site, is_conv1d
@@ -82,6 +83,26 @@ class Structure:
     def block_sites(self) -> list[Site]:
         """One site for each repeated block."""
         return block_sites(self)
+
+    @cached_property
+    def _mixtures(self) -> tuple[dict[str, Mixture], dict[str, str]]:
+        seen = self.observed
+        return read_mixtures(self.model, self.blocks, seen.calls, seen.why)
+
+    @cached_property
+    def experts(self) -> list[Site]:
+        """One site for each 3-D parameter of a mixture whose formula is known."""
+        return list(expert_sites(self._mixtures[0], self.blocks))
+
+    @property
+    def mixtures(self) -> dict[nn.Module, Mixture]:
+        """The formulas of modules that hold experts as 3-D parameters."""
+        return {mixture.module: mixture for mixture in self._mixtures[0].values()}
+
+    @property
+    def unread_mixtures(self) -> dict[str, str]:
+        """By the path of a module that holds other 3-D parameters, why it has no sites."""
+        return self._mixtures[1]
 
     @cached_property
     def heads(self) -> list[Site]:
@@ -221,12 +242,11 @@ class _Reader:
 
     def mixture(self, block: str, part: str) -> Site | None:
         """The module around a mixture's experts: their weighted sum is what the block adds."""
-        if part != "mlp":
-            return None
         for path, module in self.modules.items():
             if path.startswith(block + ".") and path.rpartition(".")[2] in FUSED_EXPERTS:
                 around = path.rpartition(".")[0]
-                return Site(around, "sublayer", self.modules[around] or module, part="mlp")
+                if around != block and self.part_of(path, block) == part:  # an attention may be a mixture too
+                    return Site(around, "sublayer", self.modules[around] or module, part=part)
         return None
 
     def norm_after(self, path: str) -> nn.Module | None:

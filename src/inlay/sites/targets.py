@@ -130,6 +130,8 @@ def _named(base: Structure, named: Mapping[str, list[Site]], target: str, alone:
 def _candidates(base: Structure, target: str) -> str:
     unusable = base.observed.unusable
     names = sorted({s.name for s in [*base.tables, *base.projections] if s.path not in unusable})
-    close = difflib.get_close_matches(target, [*names, *GROUPS], n=1)
+    close = difflib.get_close_matches(target, [name for name in (*names, *GROUPS) if name != target], n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Candidates: {', '.join(names)}; groups: {', '.join(GROUPS)}."
+    held = ", ".join(dict.fromkeys(site.name for site in base.experts))
+    experts = f' The parameters {held} hold experts: LoRA takes them by its target "experts".' if held else ""
+    return f"{hint}Candidates: {', '.join(names)}; groups: {', '.join(GROUPS)}.{experts}"

@@ -42,6 +42,7 @@ def run_tiny(model: nn.Module, before: Callable[[], None] = lambda: None) -> str
     with quietly(model):
         for make in tiny_inputs(model):
             before()
+            _run_towers(model)
             try:
                 model(**make())
                 return ""
@@ -49,6 +50,65 @@ def run_tiny(model: nn.Module, before: Callable[[], None] = lambda: None) -> str
                 errors.append(next(iter(str(error).strip().splitlines()), "") or type(error).__name__)
     before()
     return errors[0] if errors else "the model names no input that is known here"
+
+
+def _run_towers(model: Any) -> None:
+    """Run what turns images and sounds into states for a text: forwards of text alone leave it out."""
+    taken = inspect.signature(model.forward).parameters
+    for name, argument in TOWERS.items():
+        run = getattr(model, name, None)
+        if argument not in taken or argument == getattr(model, "main_input_name", ""):
+            continue
+        ways = [partial(_run_tower, run, model, argument)] if run is not None else []
+        for way in [*ways, *(partial(_run_tower, tower, tower, argument) for tower in _towers(model, argument))]:
+            try:
+                with _nothing_left(model):
+                    way()
+                break
+            except Exception:  # it takes more than that
+                continue
+
+
+@contextmanager
+def _nothing_left(model: nn.Module) -> Iterator[None]:
+    """Take off what transformers' own capturing of states leaves on modules."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    before = [(m, set(vars(m)), [set(vars(m)[name]) for name in names]) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, held, hooks in before:
+            for name in set(vars(module)) - held:
+                delattr(module, name)
+            for name, numbers in zip(names, hooks, strict=True):
+                for number in set(vars(module)[name]) - numbers:
+                    del vars(module)[name][number]
+                    for kind in ("_with_kwargs", "_always_called"):
+                        vars(module).get(name + kind, {}).pop(number, None)
+
+
+def _towers(model: nn.Module, argument: str) -> list[Any]:
+    """The outermost modules that are models of `argument` of their own."""
+    found = [m for m in model.children() if getattr(m, "main_input_name", None) == argument and hasattr(m, "config")]
+    return found or [tower for child in model.children() for tower in _towers(child, argument)]
+
+
+def _run_tower(run: Any, model: Any, argument: str) -> None:
+    forward = run.forward if isinstance(run, nn.Module) else run
+    run(**_tower_inputs(model, argument, "image_grid_thw" in inspect.signature(forward).parameters))
+
+
+def _tower_inputs(model: Any, argument: str, in_one_sequence: bool) -> Inputs:
+    """One image or sound, as a tower takes it; one of two patches by two where all patches are in one sequence."""
+    config, first = model.config, next(model.parameters())
+    inner = getattr(config, "vision_config", config)
+    if not in_one_sequence:
+        return {argument: MAKERS[argument](model, config).to(first.device, first.dtype)}
+    side, frames = _number(inner, 14, "patch_size"), _number(inner, 2, "temporal_patch_size")
+    width = _number(inner, 3, "in_channels", "in_chans", "num_channels") * frames * side**2
+    square = _number(inner, 2, "spatial_merge_size")
+    grid = torch.tensor([[1, square, square]], device=first.device)
+    return {argument: _noise(square**2, width).to(first.device, first.dtype), "image_grid_thw": grid}
 
 
 def tiny_inputs(model: Any) -> Iterator[Callable[[], Inputs]]:
@@ -114,7 +174,8 @@ def _ids(model: Any, config: Any) -> Tensor:
 
 
 def _pixels(model: Any, config: Any) -> Tensor:
-    vision = getattr(config, "vision_config", None) or config
+    encoder = getattr(config, "encoder", None)
+    vision = getattr(config, "vision_config", None) or (encoder if hasattr(encoder, "image_size") else config)
     size = getattr(vision, "image_size", None) or 4 * _number(vision, 8, "patch_size")
     high, wide = size if isinstance(size, (list, tuple)) else (size, size)
     frames = getattr(vision, "num_frames", None)
@@ -154,6 +215,9 @@ MAKERS: dict[str, Callable[[Any, Any], Tensor]] = {
     "bbox": lambda model, config: torch.zeros(*_ids(model, config).shape, 4, dtype=torch.long),
 }
 """The inputs that are known here, by the names of the arguments."""
+
+TOWERS = {"get_image_features": "pixel_values", "get_audio_features": "input_features"}
+"""Methods of models of text with images or sounds, and what they are given."""
 
 
 def _noise(*shape: int) -> Tensor:

@@ -65,13 +65,8 @@ class Learner:
 
     def _groups(self) -> list[dict[str, Any]]:
         """What is trained, by the learning rate that its method gives it (LoRA+ for one)."""
-        groups: dict[float, dict[tuple[str, str], nn.Parameter]] = {}
-        for path, values in self.adapter.params.items():
-            for key, parameter in values.items():
-                if not parameter.requires_grad:
-                    continue
-                rate = self.adapter.rate(path, key)
-                groups.setdefault(rate, {})[path, key] = parameter
+        groups = self.adapter.by_rate()
+        self.adapter.grouped = True
         rates = [self.plan.rate * rate for rate in groups]
         if self.plan.optimizer not in ELEMENTWISE:
             return [{"params": [*own.values()], "lr": lr} for own, lr in zip(groups.values(), rates, strict=True)]

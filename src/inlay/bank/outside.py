@@ -1,0 +1,82 @@
+"""What runs around the backbones of a model: towers of images and sounds before them, heads behind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from inlay.batch.forward import IN_MODEL, Forward, inside
+from inlay.batch.layout import Layout
+from inlay.kernels.standin import StandIn
+
+from .behind import Before, Behind
+from .lookup import Lookup
+from .recompute import bind_checkpoints
+
+__all__ = ["Outside"]
+
+ENCODES = "_maybe_prepare_encoder_kwargs_for_generation"
+"""The method by which transformers' `generate` runs towers before the model's first forward."""
+
+
+class Outside:
+    """Stands in for the forward of `model`, which holds backbones, and for what runs its towers ahead of it."""
+
+    def __init__(self, model: nn.Module, bank: Lookup, checkpointed: Sequence[nn.Module]) -> None:
+        self.model, self.bank, self._checkpointed = model, bank, checkpointed
+
+    def standins(self) -> list[StandIn]:
+        found = [StandIn(self.model, self._forward)]
+        if hasattr(self.model, ENCODES) and not getattr(
+            getattr(self.model, "config", None), "is_encoder_decoder", False
+        ):
+            found.append(StandIn(self.model, self._encoded, ENCODES))
+        return found
+
+    def _forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._inside(_bound(original, args, kwargs), original, args, kwargs)
+
+    def _encoded(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = _bound(original, args, kwargs)
+        given = {**bound.get("model_kwargs", {}), "input_ids": bound.get("inputs_tensor")}
+        return self._inside(given, original, args, kwargs)
+
+    def _inside(
+        self, given: Mapping[str, Any], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The modules that run before a backbone, and those of the head behind it, are in the same forward."""
+        forward = self._before(given)
+        before = IN_MODEL.set(self.bank)
+        try:
+            with inside(forward):
+                return original(*args, **kwargs)
+        finally:
+            IN_MODEL.reset(before)
+            if forward is not None:
+                forward.release()
+
+    def _before(self, given: Mapping[str, Any]) -> Forward | None:
+        """The forward that towers of images and sounds are in, and what embeds ids for the backbone."""
+        route = self.bank.route_here()
+        if route is None or not any(route.blends):
+            return None
+        bind_checkpoints(self._checkpointed)
+        grad = torch.is_grad_enabled()
+        return Forward(
+            self.bank, route, cast("Layout", Behind(route)), frozenset(), grad, grad and self.model.training,
+            behind=True, before=Before(self.model, given, route),
+        )  # fmt: skip
+
+
+def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments by name."""
+    signature = inspect.signature(function)
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind == parameter.VAR_KEYWORD:
+            given.update(given.pop(parameter.name, {}))
+    return given

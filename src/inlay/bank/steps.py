@@ -1,0 +1,140 @@
+"""Steps that go on from a cache of keys and values: what a site does there is found at the first of them and kept in
+the cache's own values, so that later steps only compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inlay.batch.forward import Forward
+from inlay.batch.padded import PaddedLayout
+from inlay.methods.contract import BottleneckForm, LinearForm, Site
+
+from .acting import Scope, act_in_turn, input_scales
+from .adapter import Adapter
+from .plan import Act, SitePlan, plan_at
+from .slots import Forms, StepAct, beside, linear_acts, norm_act
+
+__all__ = ["Step", "goes_on", "input_rows", "step_of"]
+
+FEW = 4
+"""Tokens of a row up to which steps of linear layers are laid out; more are a prompt that goes on."""
+SPREAD = 256
+"""The same for norms and sublayers: a norm of a query's heads has a vector for each head."""
+
+
+def goes_on(forward: Forward | None, owner: object) -> bool:
+    """Whether a forward of `owner`'s base goes on from a cache, without gradients, noise and autocast."""
+    return (
+        forward is not None
+        and forward.owner is owner
+        and not (forward.training or forward.behind)
+        and isinstance(forward.layout, PaddedLayout)
+        and forward.layout.continued
+        and forward.route.noise is None
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(forward.layout.places.device.type)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one site does at every step: `acts` first, then the `rest`, which has to be found anew."""
+
+    site: Site
+    acts: Sequence[StepAct]
+    rest: SitePlan | None
+
+    def __call__(self, forward: Forward, x: Tensor | None, y: Tensor, fresh: Tensor | None) -> Tensor:
+        """y (..., width), changed; written into `fresh`, which is y, where nobody else holds it. x is the module's
+        input."""
+        flat = None if x is None else x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
+        made = y.reshape(-1, y.shape[-1])
+        if self.acts:
+            made = made.clone() if fresh is None else fresh.view(made.shape)
+            for act in self.acts:
+                act(made, flat, forward)
+        if self.rest is not None:
+            scope = Scope(self.site, forward.route, forward.layout, forward, forward.drops)
+            made = act_in_turn(self.rest, scope, flat, made)
+        return made.reshape(y.shape)
+
+
+def step_of(
+    plan: SitePlan, scope: Scope, y: Tensor, same_input: Sequence[str], adapters: Mapping[str, Adapter]
+) -> Step | None:
+    """The step of one site, and on the way those of the sites `same_input`, which read the same x; None where there are
+    too many vectors y (..., width), or a head's modules act."""
+    path, vectors = scope.site.path, len(scope.layout.to_units(y, y.shape[-1]))
+    rows = scope.layout.partition.total
+    kinds = {act.part.sites[path].kind for _, acts in plan.rest for act in acts}
+    if "head" in kinds or vectors > rows * (FEW if plan.forms else SPREAD):
+        return None
+    acts = _linear(plan, scope, y, vectors, same_input, adapters) if plan.forms else []
+    norms: dict[int, LinearForm] = {}
+    bottlenecks: dict[int, BottleneckForm] = {}
+    rest: list[tuple[int, Sequence[Act]]] = []
+    for number, own in plan.rest:
+        form = _form(own, scope, y.dtype)
+        if isinstance(form, LinearForm):
+            norms[number] = form
+        elif isinstance(form, BottleneckForm):
+            bottlenecks[number] = form
+        else:
+            rest.append((number, own))
+    if norms:
+        acts.append(norm_act(scope, _site(plan, norms, path), norms, vectors))
+    if bottlenecks:
+        acts += beside(scope, _site(plan, bottlenecks, path), bottlenecks, vectors)
+    return Step(scope.site, acts, SitePlan((), rest, ()) if rest else None)
+
+
+def _form(acts: Sequence[Act], scope: Scope, dtype: torch.dtype) -> LinearForm | BottleneckForm | None:
+    """What a share does, where that is one act alone that can be computed together with those of other shares."""
+    act = acts[0]
+    if len(acts) > 1 or act.weight is not None:
+        return None
+    method, path = act.part.method, scope.site.path
+    kind = act.part.sites[path].kind
+    if kind == "sublayer":
+        return method.bottleneck(act.part.at(path, dtype, scope.cache), act.part.sites[path])
+    form = act.part.form(path, dtype, scope.cache) if kind == "norm" and method.has_form() else None
+    return form if form is not None and form.down is None and form.up is None else None
+
+
+def _site(plan: SitePlan, forms: Mapping[int, object], path: str) -> Site:
+    """The site as these shares have it: a module may be one of several kinds."""
+    return next(acts[0].part.sites[path] for number, acts in plan.rest if number in forms)
+
+
+def _linear(
+    plan: SitePlan, scope: Scope, y: Tensor, vectors: int, same_input: Sequence[str], adapters: Mapping[str, Adapter]
+) -> list[StepAct]:
+    """The acts of the forms; those of other layers that read the same x wait in the cache."""
+    path, cache = scope.site.path, scope.cache
+    spot = "acts", path, vectors, y.dtype
+    if spot not in cache:
+        layers: dict[str, Forms] = {}
+        for other in dict.fromkeys((*same_input, path)):
+            own = plan if other == path else plan_at(other, scope.route, scope.layout.blends, adapters)
+            if own is not None and (other == path or not (own.scaled or plan.scaled)):
+                layers[other] = {n: act.part.form(other, y.dtype, cache) for n, act in own.forms}
+        for other, acts in linear_acts(scope, layers, path, vectors).items():
+            cache["acts", other, vectors, y.dtype] = acts
+    return list(cache[spot])
+
+
+def input_rows(plan: SitePlan, scope: Scope, x: Tensor) -> Tensor | None:
+    """What x (..., in) is multiplied with, in its shape; None where nothing is scaled."""
+    flat = scope.layout.to_units(x, x.shape[-1])
+    scales = input_scales(plan, scope, x.dtype)
+    if not scales:
+        return None
+    rows = torch.ones_like(flat)
+    for number, scale in scales.items():
+        for start, stop in scope.spans(number, len(flat)):
+            rows[start:stop] = scale
+    return rows.view(x.shape)

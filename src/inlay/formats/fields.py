@@ -1,0 +1,42 @@
+"""Refuses a field of an adapter_config.json that means something which is not read; see `inlay.methods.peft_fields`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from inlay.errors import FormatError
+from inlay.methods.contract import Method
+from inlay.methods.peft_fields import COMMON
+
+__all__ = ["check_fields"]
+
+NOTHING = (None, [], {})
+"""What an unknown field may be set to: no release gives a meaning to those."""
+
+
+def check_fields(config: Mapping[str, Any], kind: type[Method], where: str) -> None:
+    """Raises: FormatError naming a field of `config` that is unknown, or refused and not at its default."""
+    for name, value in config.items():
+        if why := _refusal(name, value, kind):
+            what = f"adapter_config.json of {where} sets {name} to {_short(value)}, {why}"
+            raise FormatError(what, "Load it with HF PEFT.")
+
+
+def _refusal(name: str, value: Any, kind: type[Method]) -> str | None:
+    fields = kind.peft_fields
+    if name in COMMON.read or name in COMMON.passed:
+        return None
+    if fields is None:  # a type of Inlay's own
+        own = {f.name for f in dataclasses.fields(kind)} | {"target_modules"}
+        return None if name in own else "which no method here has"
+    limited = {**fields.refused, **fields.older}
+    if name in limited:
+        return None if value == limited[name] or value in NOTHING else "which is not supported"
+    return None if name in fields.read or name in fields.passed or value in NOTHING else "which Inlay does not know"
+
+
+def _short(value: Any) -> str:
+    words = repr(value)
+    return words if len(words) <= 60 else f"{words[:57]}..."

@@ -1,0 +1,83 @@
+"""Text that is written under a route: each row's own as alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases import cast
+from .case import Case, Checks, each_or_all, neighbours, over
+from .samples import NEIGHBOUR
+from .verdicts import BaseFails, Different, Untried, verdict_of
+
+__all__ = ["generate"]
+
+NEW = 3
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "greedy": {"num_beams": 1},
+    "beams": {"num_beams": 2},
+    "no cache": {"num_beams": 1, "use_cache": False},
+}
+
+
+def generate(case: Case, names: Sequence[str]) -> Checks:
+    """Greedy, with beams, and without a cache."""
+    can = getattr(case.plain, "can_generate", lambda: False)()
+    if not can or case.base.use in ("masked", "classify", "image", "ctc", "sound"):
+        raise Untried("the class does not write text")
+    return over(
+        WAYS, names, lambda some, way: each_or_all(case, some, partial(_generate, case, settings=WAYS[way]))
+    )  # fmt: skip
+
+
+def _generate(case: Case, names: Sequence[str], settings: Mapping[str, Any]) -> Checks:
+    wanted = neighbours(names)
+    rows = case.base.rows(len(wanted))
+    for row in rows:
+        row.pop("decoder_input_ids", None)
+    batch = case.base.batch(rows, "left")
+    width = batch.inputs["input_ids"].shape[1] if "input_ids" in batch.inputs else 0
+    singles = [case.base.batch([row], "left", width) for row in rows]
+    shorts = [case.base.batch([row]) for row in rows]
+
+    def written(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        length = (
+            0
+            if getattr(model.config, "is_encoder_decoder", False) or "input_ids" not in inputs
+            else inputs["input_ids"].shape[1]
+        )
+        more = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **settings}
+        with torch.no_grad():
+            return model.generate(**cast(inputs, model), **more)[:, length:]
+
+    def own() -> Tensor:
+        try:
+            plain = written(case.plain, batch.inputs)
+            padded = [written(case.plain, single.inputs)[0] for single in singles[:3]]
+            short = [written(case.plain, one.inputs)[0] for one in shorts[:3]]
+        except Exception as error:
+            raise BaseFails(f"the plain base: {type(error).__name__}: {str(error)[:200]}") from error
+        if any(not torch.equal(plain[i], padded[i]) and not torch.equal(plain[i], short[i]) for i in range(3)):
+            raise BaseFails("the plain base writes other tokens for a row in a batch than for the row alone")
+        return plain
+
+    plain = case.once(("generate", len(wanted), str(settings)), own)
+    bank = case.shared([n for n in wanted if n])
+    with bank.route(wanted):
+        together = written(bank.model, batch.inputs)
+    if not torch.equal(together[0], plain[0]):
+        raise Different("the base's row writes other tokens")
+
+    def check(index: int, name: str) -> None:
+        for way in (shorts[index], singles[index]):
+            with bank.route([name]):
+                alone = written(bank.model, way.inputs)[0]
+            if torch.equal(alone, together[index]):
+                return
+        raise Different(f"writes {together[index].tolist()} beside others, {alone.tolist()} alone")
+
+    return {n: verdict_of(lambda i=i, n=n: check(i, n)) for i, n in enumerate(wanted) if n and n != NEIGHBOUR}
