@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -597,3 +599,37 @@ def test_a_bank_is_not_copied_and_nothing_is_left_on_a_model():
         model(input_ids=IDS[:1])
     bank.detach()
     assert [set(vars(module)) for module in model.modules()] == held
+
+
+def test_blocks_that_are_computed_again_fill_no_cache():
+    """GPT-2 looks at the whole model's mode before it leaves its cache out, and the base stays in evaluation mode."""
+    bank = bank_with(make("gpt2"), a=LORA)
+    ids, found = torch.arange(3, 15)[None], []
+    for recompute in (False, True):
+        with bank.recomputing() if recompute else nullcontext(), bank.route(["a"]):
+            loss = bank.model(ids).logits.square().sum()
+            found.append(torch.autograd.grad(loss, list(bank.parameters("a"))))
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("llama", "CAUSAL_LM"),
+        ("t5", "SEQ_2_SEQ_LM"),
+        ("llava", "CAUSAL_LM"),
+        ("whisper", None),
+        ("bert", "FEATURE_EXTRACTION"),
+    ],
+)
+def test_the_kind_of_model_is_one_that_peft_can_run(name, task, tmp_path):
+    model = make(name)
+    bank = inlay.attach(model)
+    bank.add("a", inlay.LoRA(r=2), seed=0)
+    bank.save("a", tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf8"))["task_type"] == task
+
+
+def test_a_model_that_embeds_ids_itself_has_padded_rows():
+    assert not inlay.attach(make("llava")).packs and inlay.attach(make("llama")).packs

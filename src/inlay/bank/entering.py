@@ -95,6 +95,8 @@ class Entering:
         values = self._values(given.get(backbone.cache))
         layout = self._packed(backbone, route) if route.lengths else self._padded(backbone, route, given, values)
         check_cache(given.get(backbone.cache), layout.blends, self.bank.adapters)
+        if self._recomputes and "use_cache" in backbone.signature.parameters:  # what is filled twice is wrong
+            given["use_cache"] = False
         around, asked = FORWARD.get(), given.get(backbone.cache) is not None
         if isinstance(layout, PaddedLayout) and around is not None and around.before is not None:
             layout.outer_mask = around.before.given.get("attention_mask")
@@ -124,6 +126,10 @@ class Entering:
             _without_cache(out, backbone.cache)
         tag_caches(cache, out, layout.blends, self.bank.adapters, layout.prompt_lengths(), values)
         return out if backbone.part == "encoder" else _narrowed(out, layout)
+
+    @property
+    def _recomputes(self) -> bool:
+        return any(m.gradient_checkpointing and m.training for m in self._checkpointed)
 
     def _behind(self, forward: Forward) -> None:
         """Inside the model's own forward, what runs next is its head."""
@@ -183,7 +189,7 @@ class Entering:
             raise UsageError(
                 "this base takes no mask that could hide one row's prefix from another's", "Give all rows one prefix."
             )
-        if any(m.gradient_checkpointing and m.training for m in self._checkpointed):
+        if self._recomputes:
             raise UsageError("this base drops prefixes under gradient checkpointing", "Switch checkpointing off.")
 
     def _packed(self, backbone: Backbone, route: Route) -> PackedLayout:

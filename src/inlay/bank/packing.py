@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from inlay.errors import UsageError
 from inlay.sites.backbone import cache_name
 from inlay.sites.observe import attention_sites, uses_interface
 from inlay.sites.structure import Structure
@@ -32,6 +33,9 @@ def isolates_segments(base: Structure, alone: Alone) -> bool:
     first, second, third, last = (torch.arange(n, n + 5, device=model.device)[None] % count for n in (3, 8, 13, 18))
     stack: Any = next(iter(base.stacks))
 
+    if not _hands_on(model, alone, first):
+        return False
+
     def around(middle: Tensor) -> Tensor:
         """The states of what stands before and behind `middle`."""
         with alone([5] * 3):
@@ -44,6 +48,17 @@ def isolates_segments(base: Structure, alone: Alone) -> bool:
         lambda: around(second),
         lambda: around(third),
     )
+
+
+@torch.no_grad()
+def _hands_on(model: Any, alone: Alone, ids: Tensor) -> bool:
+    """Whether the model gives its backbone the ids that it is given: models of text and images embed them before."""
+    try:
+        with alone([ids.shape[1]]):
+            model(input_ids=ids, use_cache=False)
+    except UsageError:
+        return False
+    return True
 
 
 def padding_invariant(base: Structure, alone: Alone, behind_prefix: bool) -> bool:

@@ -76,11 +76,16 @@ def unmark_attached(model: nn.Module) -> None:
 
 
 def peft_task(model: nn.Module, parts: Sequence[Part]) -> str | None:
-    """What HF PEFT calls the kind of model. It wants a head in the files of adapters for classification: those that
-    have none are called by a kind that wants none."""
-    name = type(model).__name__
-    kinds = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-    kinds |= {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    task = next((task for end, task in kinds.items() if name.endswith(end)), "FEATURE_EXTRACTION")
-    has_head = any(part.method.replaces for part in parts)
-    return task if has_head or not task.endswith("_CLS") else "FEATURE_EXTRACTION"
+    """What HF PEFT calls the kind of model: its classes for a kind hand on what models of text take; None is the class
+    that hands on whatever it is given. It wants a head in the files of adapters for classification: those that have none
+    are called by a kind that wants none."""
+    config, name = model.config, type(model).__name__
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    heads = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+    task = next((task for end, task in heads.items() if name.endswith(end)), None)
+    if task is not None and any(part.method.replaces for part in parts):
+        return task
+    if not getattr(model, "can_generate", bool)() or task is not None:
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
