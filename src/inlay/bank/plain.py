@@ -77,8 +77,8 @@ def unmark_attached(model: nn.Module) -> None:
 
 def peft_task(model: nn.Module, parts: Sequence[Part]) -> str | None:
     """What HF PEFT calls the kind of model: its classes for a kind hand on what models of text take; None is the class
-    that hands on whatever it is given. It wants a head in the files of adapters for classification: those that have none
-    are called by a kind that wants none."""
+    that hands on whatever it is given. It wants a head in the files of adapters for classification: those that have
+    none are called by a kind that wants none."""
     config, name = model.config, type(model).__name__
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return None

@@ -17,7 +17,6 @@ from torch import Tensor
 from inlay.errors import FormatError
 from inlay.methods.contract import Site, Structure
 from inlay.methods.starts import began_inside
-from inlay.sites.experts import expert_modules
 from inlay.sites.parameters import matches, why_no_experts
 
 from .names import without_adapter_name
@@ -67,7 +66,7 @@ def stacked_keys(
         a, b = a.reshape(site.experts, rank, n_in), b.reshape(n_out, rank, site.experts).permute(2, 0, 1)
         a, b = (b.mT, a.mT) if turned else (a, b)
         made |= {f"{ROOT}{site.path}.{end}": value.contiguous() for end, value in zip(ENDS, (a, b), strict=True)}
-    for path in expert_modules(base.model, base.blocks):
+    for path in base.expert_modules:
         own = tuple(f"{ROOT}{path}.{end}" for end in ("lora_", f"{BASE_LAYER}."))
         if lost := next((key for key in made if key.startswith(own)), None):
             what = f"{where} holds {lost!r}, of a parameter which its target_parameters do not name"

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from inlay.errors import FormatError
 from inlay.methods.contract import Site, Structure
-from inlay.sites.experts import expert_modules
 
 from .parts import BASE_LAYER, ROOT, SHORT_ROOT
 
@@ -93,7 +92,7 @@ class _Names:
     @cached_property
     def sites(self) -> set[str]:
         ends = (site.path for site in self.base.ends)
-        return {*layers(self.base), *ends, *expert_modules(self.base.model, self.base.blocks)}
+        return {*layers(self.base), *ends, *self.base.expert_modules}
 
     def of(self, key: str) -> str | None:
         """The true name of a stored key; None where it is the base's own copy of a module that the adapter has."""

@@ -173,8 +173,10 @@ class _Reading:
         """The methods beside that of the config; each takes its tensors before the next is asked, saved modules with
         their biases before BitFit."""
         found: list[Stored] = []
+        keys: list[str] = []
         for kind in reversed(KINDS):
-            keys = [key.removeprefix(ROOT).removeprefix(SHORT_ROOT) for key in self.stored]
+            if len(keys) != len(self.stored):
+                keys = [key.removeprefix(ROOT).removeprefix(SHORT_ROOT) for key in self.stored]
             method = None if kind is self.kind else kind.read_beside(self.config, keys)
             if method is not None:
                 found.append((method, self._fitted(method, method.sites(self.base))))

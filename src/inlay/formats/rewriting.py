@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from inlay.methods.contract import Structure
-from inlay.sites.experts import expert_modules
 
 __all__ = ["spared_rewriting"]
 
@@ -23,7 +22,7 @@ def spared_rewriting(config: Mapping[str, Any], base: Structure) -> dict[str, An
     made = dict(config)
     if "target_parameters" not in config:
         return made
-    names = _names_of_experts(base) if expert_modules(base.model, base.blocks) else set()
+    names = _names_of_experts(base) if base.expert_modules else set()
     moved = [path for path in config["target_modules"] if path.rpartition(".")[2] in names]
     made["target_modules"] = [path for path in config["target_modules"] if path not in moved]
     made["target_parameters"] = [*config["target_parameters"], *(f"{path}.weight" for path in moved)]

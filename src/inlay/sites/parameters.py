@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from inlay.errors import UsageError
 
-from .experts import expert_modules
 from .site import Site
 from .structure import Structure
 from .targets import Layers, Targets, parse_layers
@@ -60,7 +59,7 @@ def experts_left_out(base: Structure, targets: object, sites: Sequence[Site]) ->
     acting = {site.path for site in sites}
     held = {
         f"{path}.{name}": parameter
-        for path, module in expert_modules(base.model, base.blocks).items()
+        for path, module in base.expert_modules.items()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3
     }

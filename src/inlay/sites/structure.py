@@ -11,7 +11,7 @@ from torch import nn
 
 from .backbone import Backbone, observe_positions
 from .behind import block_sites, head_sites
-from .experts import Mixture, expert_sites, read_mixtures
+from .experts import Mixture, expert_modules, expert_sites, read_mixtures
 from .hints import CROSS_ATTENTION, FUSED_EXPERTS, HEADS, IS_ATTENTION, role_of
 from .observe import Observation, observe
 from .site import Site, is_conv1d
@@ -83,6 +83,11 @@ class Structure:
     def block_sites(self) -> list[Site]:
         """One site for each repeated block."""
         return block_sites(self)
+
+    @cached_property
+    def expert_modules(self) -> dict[str, nn.Module]:
+        """Modules inside of blocks that may be mixtures, by their path."""
+        return expert_modules(self.model, self.blocks)
 
     @cached_property
     def _mixtures(self) -> tuple[dict[str, Mixture], dict[str, str]]:
