@@ -633,3 +633,22 @@ def test_the_kind_of_model_is_one_that_peft_can_run(name, task, tmp_path):
 
 def test_a_model_that_embeds_ids_itself_has_padded_rows():
     assert not inlay.attach(make("llava")).packs and inlay.attach(make("llama")).packs
+
+
+def test_reentrant_checkpoints_keep_the_gradients_of_blocks_whose_inputs_take_none():
+    """As those of a tower, whose images take no gradient: torch would drop all that the block's adapters get."""
+    model = make("vit")
+    bank = bank_with(model, a=inlay.LoRA(r=2))
+    pixels, found = torch.randn(2, 3, 8, 8, dtype=torch.float64), []
+    for reentrant in (None, True):
+        if reentrant:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.train()
+        with bank.route(["a", "a"]):
+            loss = model(pixel_values=pixels).logits.square().sum()
+        for parameter in bank.parameters("a"):
+            parameter.grad = None
+        loss.backward()
+        found.append([p.grad.clone() for p in bank.parameters("a")])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-9)

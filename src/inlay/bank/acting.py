@@ -139,7 +139,9 @@ def act_in_turn(plan: SitePlan, scope: Scope, x: Tensor | None, y: Tensor) -> Te
         own_x, own_stream = (None if t is None else taken(t, spans) for t in (x, stream))
         made = _chained(changed[number], scope, number, own_x, own_stream, taken(y, spans), len(y))
         sizes = [stop - start for start, stop in spans]
-        pieces += [(start, part) for (start, _), part in zip(spans, made.split(sizes), strict=True)]
+        # A part of a split cannot be written into, which some bases do.
+        parts = [made] if len(spans) == 1 else made.split(sizes)
+        pieces += [(start, part) for (start, _), part in zip(spans, parts, strict=True)]
     return in_order(pieces)
 
 

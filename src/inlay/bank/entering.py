@@ -263,7 +263,7 @@ def _output_layer(model: Any) -> nn.Module | None:
 
 def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The last states of many rows are a slice: torch multiplies those with a frozen weight many times slower."""
-    if not args or not isinstance(args[0], Tensor) or args[0].is_contiguous():
+    if FORWARD.get() is None or not args or not isinstance(args[0], Tensor) or args[0].is_contiguous():
         return None
     return (args[0].contiguous(), *args[1:])
 

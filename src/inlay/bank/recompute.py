@@ -40,13 +40,23 @@ class _Bound:
             with inside(own), _eval_mode_inside(function):
                 return function(*inner, **named)
 
-        return self.original(run, *args, **kwargs)
+        taken = any(isinstance(value, torch.Tensor) and value.requires_grad for value in args)
+        how = self.original if taken or not torch.is_grad_enabled() else _not_reentrant(self.original)
+        return how(run, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.original
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _same, (self.original,)
+
+
+def _not_reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What does the same for a block whose inputs take no gradients, as a tower's first: reentrant checkpoints would
+    lose those of the adapters in it."""
+    if isinstance(original, partial) and original.keywords.get("use_reentrant"):
+        return partial(original.func, *original.args, **{**original.keywords, "use_reentrant": False})
+    return original
 
 
 def _same(function: Any) -> Any:

@@ -64,7 +64,11 @@ def _shifted(name: str, owner: object) -> Any:
             if isinstance(given.get("position_ids"), Tensor):
                 moved["position_ids"] = given["position_ids"] + length - counted
             own = torch.tensor([n == length for n in lengths], device=out.device)[:, None, None]
-            rows = torch.where(own, module.forward(**moved), rows)
+            try:
+                rows = torch.where(own, module.forward(**moved), rows)
+            except IndexError:
+                what = f"the base has no positions for a prefix of {length} before tokens as many as these"
+                raise UsageError(what, "Shorten the rows or the prefix.") from None
         return rows
 
     return run
