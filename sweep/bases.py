@@ -144,6 +144,8 @@ def prepare_config(config: Any, use: str) -> None:
     """What a use needs of a configuration, and values that every type must have."""
     if use == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True
+    if hasattr(config, "encoder") and hasattr(decoder := getattr(config, "decoder", None), "add_cross_attention"):
+        decoder.is_decoder = decoder.add_cross_attention = True  # two models as one: else nothing reads the encoder
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for one in (config, text):
         if getattr(one, "pad_token_id", None) is None:

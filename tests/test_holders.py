@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import accelerate
 import peft
 import pytest
@@ -221,9 +223,10 @@ def test_continuous_batching_takes_lora_and_names_what_it_cannot(method, monkeyp
     bank = attached(METHODS[method])
     bank.model.float()
     settings = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = transformers.generation.configuration_utils.ContinuousBatchingConfig(
-        num_blocks=8, max_batch_tokens=16, page_size=32
-    )
+    kind = transformers.generation.configuration_utils.ContinuousBatchingConfig
+    if "page_size" not in inspect.signature(kind).parameters:
+        pytest.skip("an earlier release, which fails with pages as small as these")
+    small = kind(num_blocks=8, max_batch_tokens=16, page_size=32)
     prompts = [IDS[0].tolist(), IDS[1, 2:].tolist()]
     bank.set("it")
     expected = []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from packaging.version import Version
 from peft import PeftModel
 from transformers import DynamicCache
 
@@ -379,6 +380,8 @@ DECODER = torch.tensor([[3, 5, 9, 4]] * 3)
 @pytest.mark.parametrize("name", ["longformer", "fsmt", "encoder_decoder", "led"])
 @pytest.mark.parametrize("method", [LORA, inlay.IA3()], ids=["lora", "ia3"])
 def test_rows_in_the_second_dimension_are_as_alone(name, method):
+    if name == "fsmt" and Version(tf.__version__) < Version("5.24"):
+        pytest.skip("earlier releases cut all tokens but the last behind the decoder's beginning, which is refused")
     bank = bank_with(model_of(name), a=method, b=inlay.LoRA(r=3))
     more = {} if name == "longformer" else {"decoder_input_ids": DECODER}
     ids = torch.where(MASK == 0, bank.model.config.pad_token_id or 1, IDS)
