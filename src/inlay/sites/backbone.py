@@ -46,6 +46,8 @@ class Backbone:
             if parameter.kind == parameter.VAR_KEYWORD and parameter.name in bound:
                 bound.update(bound.pop(parameter.name))
         for name in CACHES:  # older names are still taken
+            if name == "cache" and not hasattr(bound.get(name), "get_seq_length"):
+                continue  # of pages, which attention alone reads
             if name != self.cache and self.cache and bound.get(name) is not None:
                 bound[self.cache] = bound.pop(name)
         return bound
