@@ -7,6 +7,7 @@ import torch
 
 import inlay
 from inlay.bank import sharing
+from inlay.batch.forward import FORWARD
 from inlay.kernels import low_rank as kernel
 from inlay.kernels import shared_down as shared
 from inlay.kernels.low_rank import Product, low_rank
@@ -129,3 +130,15 @@ def test_a_model_computes_them_once_and_the_same(monkeypatch, checkpointed):
     assert ours[1].keys() == alone[1].keys() and len(ours[1]) > 20
     for key, value in alone[1].items():
         torch.testing.assert_close(ours[1][key], value, **EXACT)
+
+
+def test_no_block_leaves_its_input_behind():
+    """Where an adapter acts at some of the layers that read one x, what they share is gone behind the last of them."""
+    model = make("llama")
+    bank = inlay.attach(model)
+    bank.add("a", inlay.LoRA(r=2, targets=["q_proj", "v_proj", "gate_proj"]), seed=0)
+    held = []
+    model.model.norm.register_forward_pre_hook(lambda module, args: held.append(dict(FORWARD.get().inputs)))
+    with bank.route(["a"]):
+        model(input_ids=torch.arange(3, 9)[None], use_cache=False)
+    assert held == [{}]

@@ -49,23 +49,26 @@ def shared_low(
         return None
     path, inputs = scope.site.path, scope.forward.inputs
     spot: Any = "shared", same_input
-    held: _Shared | None = inputs.get(spot)
+    held: _Shared | None = inputs.pop(spot, None)
     # A block that is computed again begins anew, even where the time before broke off between its layers.
     if held is None or held.x is not x or held.dtype != dtype or path not in held.left:
-        held = inputs[spot] = _begin(scope, x, dtype, same_input, adapters)
+        held = _begin(scope, x, dtype, same_input, adapters)
+    if held is None:
+        return None
     held.left.discard(path)
-    if not held.left:
-        del inputs[spot]
+    if held.left:  # held no longer than it is needed: x is a block's activation
+        inputs[spot] = held
     return (held.forms[path], held.lows[path]) if path in held.lows else None
 
 
 def _begin(
     scope: Scope, x: Tensor, dtype: torch.dtype, same_input: Sequence[str], adapters: Mapping[str, Adapter]
-) -> _Shared:
+) -> _Shared | None:
+    """None where fewer than two of the sites have something to share."""
     plans = {path: plan_at(path, scope.route, scope.layout.blends, adapters) for path in same_input}
     found = {path: plan for path, plan in plans.items() if plan is not None and plan.forms and not plan.scaled}
     if len(found) < 2:
-        return _Shared(x, dtype, {}, {}, set(same_input))
+        return None
     scope.lay_out([act.adapter for plan in found.values() for _, act in plan.forms], dtype)
     forms = {
         path: {n: act.part.form(path, dtype, scope.cache) for n, act in plan.forms} for path, plan in found.items()
@@ -76,9 +79,9 @@ def _begin(
     paths = [path for path in found if any(down is not None for down in downs[path].values())]
     numbers = dict.fromkeys(n for path in paths for n, down in downs[path].items() if down is not None)
     if not numbers:
-        return _Shared(x, dtype, {}, {}, set(same_input))
+        return None
     vectors = x.numel() // x.shape[-1]
     joints = [Joint(scope.spans(n, vectors), tuple(downs[path].get(n) for path in paths)) for n in numbers]
     with torch.autocast(x.device.type, enabled=False):
         lows = shared_down(x.to(dtype), joints)
-    return _Shared(x, dtype, forms, dict(zip(paths, lows, strict=True)), set(same_input))
+    return _Shared(x, dtype, forms, dict(zip(paths, lows, strict=True)), set(found))
