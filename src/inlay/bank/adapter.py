@@ -144,12 +144,6 @@ class Adapter:
         """The parameters of all parts: path of a site -> name -> value; those of later parts under "1:path"."""
         return {part.key(path): own for part in self.parts for path, own in part.params.items()}
 
-    def rate(self, key: str, name: str) -> float:
-        """By what the learning rate is multiplied for the parameter `name` under `key` of `params`."""
-        part = next(p for p in self.parts if any(p.key(path) == key for path in p.params))
-        path = key if not part.index else key.partition(":")[2]
-        return part.method.rate(part.sites.get(path), name)
-
     def by_rate(self) -> dict[float, dict[Key, nn.Parameter]]:
         """What is trained, by what its learning rate is multiplied with: more than one entry with LoRA+, for one."""
         groups: dict[float, dict[Key, nn.Parameter]] = {}

@@ -102,8 +102,7 @@ def _products(
 
 def _product(act: Act, number: int, scope: Scope, spans: Sequence[ExpertSpan], x: Tensor) -> ExpertProduct | None:
     form = act.part.form(scope.site.path, x.dtype, scope.cache)
-    if form.down is None or form.up is None or not spans:
+    found = form.factors()
+    if found is None or not spans:
         return None
-    down = form.down if form.middle is None else form.down * form.middle[:, None]
-    up = form.up if form.outer is None else form.up * form.outer[:, None]
-    return ExpertProduct(spans, form.scale * (1.0 if act.weight is None else act.weight), down, up)
+    return ExpertProduct(spans, form.scale * (1.0 if act.weight is None else act.weight), *found)

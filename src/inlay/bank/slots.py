@@ -124,9 +124,9 @@ def _bags(scope: Scope, layers: Sequence[Forms], numbers: Sequence[int], vectors
 
 
 def _factors(form: LinearForm) -> Factors:
-    assert form.down is not None and form.up is not None
-    down = form.down if form.middle is None else form.down * form.middle[:, None]
-    return down, form.up if form.outer is None else form.up * form.outer[:, None], form.scale
+    found = form.factors()
+    assert found is not None
+    return *found, form.scale
 
 
 # ---- scales and shifts

@@ -114,11 +114,11 @@ def _factors(method: Method, params: Mapping[str, Tensor], site: Site) -> tuple[
     """A (r, in), B (out, r) and the scale of their product, on the CPU. Raises: UsageError where that is not all."""
     form = method.form({**params, **method.derive(params, site)}, site) if method.has_form() else LinearForm()
     more = (form.in_scale, form.out_scale, form.shift)
-    if form.down is None or form.up is None or any(one is not None for one in more):
+    found = form.factors()
+    if found is None or any(one is not None for one in more):
         raise UsageError(f"loralib has no {method.title}", 'Save it with format="peft".')
-    a = form.down if form.middle is None else form.middle[:, None] * form.down
-    b = form.up if form.outer is None else form.outer[:, None] * form.up
-    return a.detach().cpu(), b.detach().cpu(), form.scale / site.table_scale
+    a, b = (factor.detach().cpu() for factor in found)
+    return a, b, form.scale / site.table_scale
 
 
 def _pairs(file: Path, stored: Mapping[str, Tensor], sites: Mapping[str, Site]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -44,13 +44,17 @@ class LinearForm:
             return self
         return replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
 
-    def product(self) -> Tensor | None:
-        """s * v * U m D (out, in), or None."""
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """m D (r, in) and v U (out, r), or None."""
         if self.down is None or self.up is None:
             return None
         down = self.down if self.middle is None else self.middle[:, None] * self.down
-        made = self.up @ down * self.scale
-        return made if self.outer is None else self.outer[:, None] * made
+        return down, self.up if self.outer is None else self.outer[:, None] * self.up
+
+    def product(self) -> Tensor | None:
+        """s * v * U m D (out, in), or None."""
+        found = self.factors()
+        return None if found is None else found[1] @ found[0] * self.scale
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import nn
@@ -22,14 +23,7 @@ def scattered(model: nn.Module, blocks: Mapping[str, int], calls: Mapping[str, C
         own = [calls.get(f"{path}.{name}") for name, _ in container.named_children()]
         flat = [shape for call in own if call is not None for shape in call.shapes if len(shape) == 2]
         shape = calls[block].input_shape or ()
-        tokens = {count * width for count, width in flat} - {_size(shape)}
+        tokens = {count * width for count, width in flat} - {math.prod(shape)}
         if flat and (tokens or any(call is None for call in own)):
             found.update(f"{path}.{name}" for name, _ in container.named_modules() if name)
     return frozenset(found)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for count in shape:
-        size *= count
-    return size
