@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from inlay.errors import FormatError
+from inlay.methods.common import patterned
 from inlay.methods.contract import Site, Structure
 
 from .parts import ROOT
@@ -121,12 +122,9 @@ def _joined(
 
 def _scale(config: Mapping[str, Any], path: str) -> float:
     """alpha / r, or alpha / sqrt(r), of the layer that was at `path`."""
-    found = {}
-    for name, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"])):
-        patterns = config.get(name) or {}
-        found[name] = next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", path)), default)
-    r = found["rank_pattern"]
-    return found["alpha_pattern"] / (math.sqrt(r) if config.get("use_rslora") else r)
+    r = patterned(config.get("rank_pattern") or {}, path, config["r"])
+    alpha = patterned(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
 def _place(around: str, name: str, base: Structure, where: str) -> Place:
