@@ -1,9 +1,9 @@
 """Training speed and GPU memory beside HF PEFT + TRL on a random Llama of 1B parameters, in one run on one machine.
 
 Every contestant is a process of its own: LoRA r=8 on all linear layers, AdamW, the same rows of random tokens in
-bfloat16. PEFT and TRL run padding-free with each attention that is installed (flash_attention_2, flex_attention, sdpa).
-Two passes are made, and the second one is timed. Variants: the base in 4 bits, and norms and MLPs of ours through
-torch.compile.
+bfloat16; of ours also 16 such LoRAs in one stream, a row of each a step. PEFT and TRL run padding-free with each
+attention that is installed (flash_attention_2, flex_attention, sdpa). Two passes are made, and the second one is timed.
+Variants: the base in 4 bits, and norms and MLPs of ours through torch.compile.
 
     python benchmarks/gpu_speed.py [--rows 256] [--batch 16] [--rounds 3]
 needs: pip install -e '.[bench,quantize]'
@@ -58,7 +58,7 @@ def arguments() -> argparse.Namespace:
 def contestants() -> list[str]:
     attentions = [name for name, package in (("flash_attention_2", "flash_attn"),) if find_spec(package)]
     attentions += ["flex_attention", "sdpa"] if CUDA else ["sdpa"]
-    names = [f"peft+trl, {attention}" for attention in attentions] + ["inlay", "inlay, compiled"]
+    names = [f"peft+trl, {attention}" for attention in attentions] + ["inlay", "inlay, 16 adapters", "inlay, compiled"]
     if find_spec("bitsandbytes"):
         names += [f"peft+trl, {attentions[0]}, 4bit", "inlay, 4bit"]
     return names
@@ -127,11 +127,17 @@ def ours(a: argparse.Namespace, rows: list[list[int]]) -> dict:
         Example(tuple(row), tuple(n >= len(row) // 2 for n in range(len(row))), sample=number)
         for number, row in enumerate(rows)
     ]
-    plan = Plan("a", inlay.LoRA(), lr=RATE, batch_size=a.batch, epochs=2.0)
-    learners = add_learners(bank, [plan], len(examples))
+    many = 16 if "16" in a.only else 1  # learners in one stream, which share the rows of a step among them
+    batch, steps = a.batch // many, 2 * clock.steps
+    plans = [
+        Plan(f"a{n}", inlay.LoRA(alpha=8 + n % 4), lr=RATE, batch_size=batch, steps=steps, seed=n) for n in range(many)
+    ]
+    learners = add_learners(bank, plans, len(examples))
+    seen = [0, 0]
     for _ in train_steps(bank, learners, examples, TokenBudget(1 << 20, device=bank.model.device)):
-        clock.step(learners[0].loss)
-    return clock.result(sum(map(len, rows)))
+        clock.step(statistics.mean(learner.loss for learner in learners))
+        seen[clock.done > clock.steps] = sum(learner.tokens for learner in learners)
+    return clock.result(seen[1] - seen[0])
 
 
 def compiled() -> None:

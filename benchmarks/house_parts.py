@@ -89,7 +89,8 @@ def race(a: argparse.Namespace, kind: str) -> Figures:
     kinds = {
         "one LoRA": [inlay.LoRA(r=8)],
         "16 alike": [inlay.LoRA(r=8)] * 16,
-        "16 kinds": [inlay.LoRA(r=2 * n + 2, alpha=4 + 4 * (7 * n % 16)) for n in range(16)],
+        "16 of ranks 1 to 16": [inlay.LoRA(r=n + 1, alpha=4 + 4 * (7 * n % 16)) for n in range(16)],
+        "16 of ranks 2 to 32": [inlay.LoRA(r=2 * n + 2, alpha=4 + 4 * (7 * n % 16)) for n in range(16)],
     }
 
     def trained(methods: Sequence[Any], steps: int) -> tuple[int, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from .choose import chosen_jobs
@@ -37,11 +38,7 @@ def main() -> int:
     jobs = chosen_jobs(options)
     if options.again:
         store.forget({(j.use, j.type_name) for j in jobs}, {law for j in jobs for law in j.laws})
-    due = [
-        Job(j.use, j.type_name, j.methods, tuple(laws))
-        for j in jobs
-        if (laws := store.missing(j.use, j.type_name, j.methods, j.laws))
-    ]
+    due = [replace(j, laws=tuple(laws)) for j in jobs if (laws := store.missing(j.use, j.type_name, j.methods, j.laws))]
     start = time.monotonic()
     if due and not options.report:
         print(f"{len(due)} of {len(jobs)} types", file=sys.stderr)
@@ -52,14 +49,7 @@ def main() -> int:
             print(f"{took:6.0f} s  {waiting:4} waiting  {job.use}:{job.type_name}", file=sys.stderr)
 
         run_all(due, store, options.processes, options.limit, on_job)
-    wanted = {(j.use, j.type_name): j for j in jobs}
-    cells = [
-        c
-        for c in store.cells.values()
-        if (j := wanted.get((c.use, c.type_name)))
-        and c.law in {*j.laws, "build", "add"}
-        and c.method in {"", *j.methods}
-    ]
+    cells = _asked(store, jobs)
     if options.verbose:
         for cell in cells:
             print(f"{cell.use}:{cell.type_name} {cell.law}: {cell.method or 'all'}: {cell.status} {cell.note}")
@@ -99,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="run nothing: show what is kept")
     parser.add_argument("--write", type=Path, help="write the matrix to this page")
     parser.add_argument("--processes", type=int, default=2, help="processes at a time")
+    parser.add_argument("--device", default="cpu", help="where the bases are: cpu, cuda")
     parser.add_argument("--limit", type=float, default=90, help="seconds that one process may take")
     parser.add_argument("--against", type=Path, help="exit 1 where a cell is worse than this page's matrix says")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every cell")

@@ -38,6 +38,7 @@ class Base:
 
     use: str
     type_name: str
+    device: str = "cpu"
     dtype: torch.dtype = torch.float64
     made: nn.Module | None = field(default=None, repr=False)
 
@@ -62,7 +63,7 @@ class Base:
 
     def make(self, dtype: torch.dtype | None = None) -> Any:
         """A fresh model with the same weights."""
-        return copy.deepcopy(self.original).to(dtype or self.dtype)
+        return copy.deepcopy(self.original).to(self.device, dtype or self.dtype)
 
     @cached_property
     def maker(self) -> Any:
@@ -128,8 +129,13 @@ def collate(rows: Sequence[Row], side: str, width: int, pad: int) -> Batch:
 
 
 def cast(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    """Inputs where the model is, and its dtype for numbers that are not whole."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+
+    def moved(value: Tensor) -> Tensor:
+        return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
+    return {k: moved(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def logits_of(out: Any) -> Tensor:

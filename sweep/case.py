@@ -205,7 +205,7 @@ def worst(verdicts: Sequence[Verdict]) -> Verdict:
 def loss_of(output: Tensor, seed: int) -> Tensor:
     """A random direction of the output: its gradient reaches everything that moves it."""
     generator = torch.Generator().manual_seed(seed)
-    return (output * torch.randn(output.shape, generator=generator).to(output.dtype)).sum() / output.shape[0]
+    return (output * torch.randn(output.shape, generator=generator).to(output)).sum() / output.shape[0]
 
 
 def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

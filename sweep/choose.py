@@ -45,10 +45,11 @@ def chosen_jobs(options: Any) -> list[Job]:
     methods, laws = _methods(options), tuple(_words(options.laws)) or LAW_NAMES
     _check(laws, LAW_NAMES, "laws")
     others = {name for use, name in everything if use in ("causal", "masked", "seq2seq")}
-    return [
-        Job(use, name, methods, tuple(law for law in laws if options.laws or not _spared(use, name, others, law)))
-        for use, name in found
-    ]
+
+    def laws_of(use: str, name: str) -> tuple[str, ...]:
+        return tuple(law for law in laws if options.laws or not _spared(use, name, others, law))
+
+    return [Job(use, name, methods, laws_of(use, name), options.device) for use, name in found]
 
 
 def _spared(use: str, name: str, others: set[str], law: str) -> bool:

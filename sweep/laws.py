@@ -36,12 +36,13 @@ LAWS: dict[str, Callable[[Case, Sequence[str]], Checks]] = {
 
 
 def cells_of(
-    use: str, type_name: str, methods: Sequence[str], laws: Sequence[str], begins: Callable[[str], object] = str
+    use: str, type_name: str, methods: Sequence[str], laws: Sequence[str], begins: Callable[[str], object] = str,
+    device: str = "cpu",
 ) -> Iterator[Cell]:  # fmt: skip
     """Every law and method on one type, as they are done. A type that is not built is one cell, of the law "build"."""
     start = time.monotonic()
     try:
-        case = Case(Base(use, type_name))
+        case = Case(Base(use, type_name, device))
     except NotBuilt as error:
         yield Cell(use, type_name, "", "build", "untried", str(error), time.monotonic() - start)
         return

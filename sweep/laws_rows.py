@@ -11,6 +11,7 @@ from torch import Tensor
 
 import inlay
 
+from .bases import cast, logits_of
 from .case import Case, Checks, each_or_all, gradients, loss_of, neighbours, over
 from .inputs import Row
 from .samples import NEIGHBOUR
@@ -137,9 +138,7 @@ def _packed(case: Case, names: Sequence[str]) -> Checks:
     bank = case.shared([n for n in wanted if n])
     lengths = [row["input_ids"].shape[1] for row in rows]
     with bank.stream(list(zip(wanted, lengths, strict=True))):
-        out = bank.model(input_ids=torch.cat([row["input_ids"] for row in rows], 1))
-    from .bases import logits_of
-
+        out = bank.model(**cast({"input_ids": torch.cat([row["input_ids"] for row in rows], 1)}, bank.model))
     pieces = list(logits_of(out)[0].split(lengths))
     batches = [case.base.batch([row]) for row in rows]
     with torch.no_grad():

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from .store import Store
 from .verdicts import Cell
@@ -25,6 +25,7 @@ class Job:
     type_name: str
     methods: tuple[str, ...]
     laws: tuple[str, ...]
+    device: str = "cpu"
 
 
 @dataclass
@@ -116,7 +117,10 @@ def _work(job: Job, pipe: int) -> None:
         def send(value: object) -> None:
             os.write(pipe, json.dumps(value).encode() + b"\n")
 
-        for cell in cells_of(job.use, job.type_name, job.methods, job.laws, lambda law: send({"begins": law})):
+        def begins(law: str) -> None:
+            send({"begins": law})
+
+        for cell in cells_of(job.use, job.type_name, job.methods, job.laws, begins, job.device):
             send(asdict(cell))
         status = 0
     finally:
@@ -147,4 +151,4 @@ def _finish(child: Child, store: Store) -> Job | None:
     rest = tuple(law for law in job.laws if law not in child.done)
     if child.law in ("build", "add") or not rest:
         return None
-    return Job(job.use, job.type_name, job.methods, rest)
+    return replace(job, laws=rest)

@@ -91,4 +91,4 @@ def shake(parameters: Any, seed: int) -> None:
     """Add noise to tensors, in place."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
-        parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.2).to(parameter.dtype))
+        parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.2).to(parameter))

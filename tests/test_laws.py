@@ -53,9 +53,9 @@ REFUSED = {"mamba": {"short", "long"}, "vit": {"prompt"}}
 LOOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def bank_of(name, dtype=torch.float64):
+def bank_of(name, dtype=torch.float64, device="cpu"):
     """A base with one adapter of every method that applies; those that do not apply say why."""
-    bank = inlay.attach(make(name, dtype=dtype))
+    bank = inlay.attach(make(name, dtype=dtype).to(device))
     for wish, method in WISHES.items():
         if wish in ("houlsby", "pfeiffer") and wish not in METHODS:
             continue
