@@ -14,6 +14,7 @@ Without CUDA it rehearses everything on the CPU with a tiny model; those figures
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import random
 import statistics
@@ -50,6 +51,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shortest", type=int, default=32 if CUDA else 8)
     parser.add_argument("--longest", type=int, default=512 if CUDA else 48)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--who", default="", help="which contestants, with semicolons between (default: all)")
+    parser.add_argument("--limit", type=int, default=600, help="seconds that one process may take")
     parser.add_argument("--only", help="one contestant, in this process")
     parser.add_argument("--base", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -187,8 +190,12 @@ def theirs(a: argparse.Namespace, rows: list[list[int]]) -> dict:
     return clock.result(sum(map(len, rows)))
 
 
-def measured(command: list[str]) -> dict:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def measured(command: list[str], limit: int) -> dict:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired as late:
+        print((late.stderr or b"").decode(errors="replace")[-3000:], file=sys.stderr)
+        return {"error": f"it took longer than {limit} seconds"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return {"error": (done.stderr.strip().splitlines() or ["nothing was printed"])[-1]}
@@ -198,17 +205,21 @@ def measured(command: list[str]) -> dict:
 def main() -> None:
     a = arguments()
     if a.only:
+        faulthandler.dump_traceback_later(a.limit - 3)  # where it was when it was ended
         made = (ours if a.only.startswith("inlay") else theirs)(a, rows_of(a))
         return print(json.dumps(made))
     console = Console(width=110)
     where = torch.cuda.get_device_name() if CUDA else "no CUDA: a rehearsal on the CPU, which says nothing about a GPU"
-    runs: dict[str, list[dict]] = {name: [] for name in contestants()}
-    same = [f"--{name}={getattr(a, name)}" for name in ("shape", "rows", "batch", "shortest", "longest")]
+    chosen = [name.strip() for name in a.who.split(";") if name.strip()] or contestants()
+    if unknown := sorted(set(chosen) - set(contestants())):
+        sys.exit(f"no contestant here is called {'; '.join(unknown)}: choose from {'; '.join(contestants())}")
+    runs: dict[str, list[dict]] = {name: [] for name in chosen}
+    same = [f"--{name}={getattr(a, name)}" for name in ("shape", "rows", "batch", "shortest", "longest", "limit")]
     with tempfile.TemporaryDirectory() as folder:
         make_base(a, folder)
         for _ in range(a.rounds):
             for name, own in runs.items():
-                own.append(measured([sys.executable, __file__, *same, "--base", folder, "--only", name]))
+                own.append(measured([sys.executable, __file__, *same, "--base", folder, "--only", name], a.limit))
                 console.print(name, own[-1], highlight=False)
     table = Table("who", "tokens/s", "beside the best opponent", "peak MB", "mean loss")
     made = {name: [run for run in own if "error" not in run] for name, own in runs.items()}

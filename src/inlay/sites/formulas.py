@@ -16,18 +16,21 @@ __all__ = ["norm_offset", "table_scale"]
 def table_scale(table: nn.Module) -> float | None:
     """s where `table` gives s * weight[ids]; None where it gives something else or takes no ids.
 
-    Shapes: ids (1, 2) of int64, the result (1, 2, width).
+    Shapes: ids (1, 2) of int64, the result (1, 2, width). It is computed on the CPU: on a GPU, a table that looks
+    further than its end, as those of some positions do, would end every later computation of the process.
     """
     weight: Any = getattr(table, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
         return 1.0
     rows, width = weight.shape
     precise = torch.promote_types(weight.dtype, torch.float32)
-    column = torch.arange(1, rows + 1, dtype=precise, device=weight.device)[:, None]
-    ids = torch.tensor([[0, rows - 1]], device=weight.device)
+    column = torch.arange(1, rows + 1, dtype=precise)[:, None]
+    ids = torch.tensor([[0, rows - 1]])
+    held = {**dict(table.named_parameters()), **dict(table.named_buffers())}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            made = plain_call(table, {"weight": column.expand(rows, width)}, ids)
+            others = {name: value.cpu() for name, value in held.items() if name != "weight"}
+            made = plain_call(table, {**others, "weight": column.expand(rows, width)}, ids)
     except Exception:  # it takes more than ids, or other ones
         return None
     if not isinstance(made, Tensor) or made.shape != (1, 2, width):
