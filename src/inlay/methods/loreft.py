@@ -13,9 +13,8 @@ Shapes: W, R, A and what B is made of are (r, hidden), b is (r,).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -89,9 +88,8 @@ class ReFT(Method):
         return params
 
     def derive(self, params: Params, site: Site | None) -> Params:
-        if site is None or not self.untrained:
-            return {}
-        made = {unit: orthonormal_rows(params["A" + unit], params["B" + unit]) for unit in self.units}
+        units = self.units if site is not None and self.untrained else []
+        made = {unit: orthonormal_rows(params["A" + unit], params["B" + unit]) for unit in units}
         return {"R" + unit: rows.to(params["W" + unit].dtype) for unit, rows in made.items()}
 
     def output(self, params: Params, x: Tensor, y: Tensor, site: Site, tokens: Tokens) -> Tensor:
@@ -117,11 +115,11 @@ class ReFT(Method):
         return keys
 
     def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> ReFT:
-        return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+        return cls(**{field.name: config[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)
