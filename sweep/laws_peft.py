@@ -13,6 +13,7 @@ from torch import Tensor
 
 import inlay
 
+from .bases import Batch
 from .case import Case, Checks
 from .samples import shake
 from .verdicts import BaseFails, Different, apart, same, verdict_of
@@ -106,7 +107,57 @@ def _to_peft(case: Case, saved: Saved, name: str) -> None:
         theirs = _theirs(case, model, ours)
     except Exception as error:
         raise _blame(case, folder, error) from error
-    same("ours in peft", theirs, ours, _bound(case, saved, name))
+    _compare("ours in peft", case, saved, name, theirs, ours, model)
+
+
+def _compare(what: str, case: Case, saved: Saved, name: str, theirs: Tensor, ours: Tensor, model: Any) -> None:
+    """Raises: Different, or BaseFails where that is peft's own affair."""
+    bound = _bound(case, saved, name)
+    if apart(theirs, ours) > bound and (fault := _own_fault(case, saved, name, model, theirs)):
+        raise fault
+    same(what, theirs, ours, bound)
+
+
+def _own_fault(case: Case, saved: Saved, name: str, model: Any, theirs: Tensor) -> BaseFails | None:
+    """Where peft itself does something else on this base than its method says."""
+    with torch.no_grad():
+        plain = _flat(case.base.run(case.plain, _batch(case)))
+    if apart(theirs, plain) < 1e-9:
+        return BaseFails("peft's adapter changes nothing on this base")
+    if left := _left_out(model, saved.config(name).get("target_modules")):
+        return BaseFails(f"peft takes {left} of this base for something else and leaves it out")
+    if "PROMPT" in saved.config(name)["peft_type"] and (found := _by_embeddings(case, plain)) > 1e-6:
+        return BaseFails(f"the plain base gives other logits for its own embeddings than for ids: {found:.2g} apart")
+    fresh, before = _trained(case, saved.folder(name), saved.logits(name))
+    with tempfile.TemporaryDirectory() as folder:
+        import peft
+
+        fresh.save_pretrained(folder)
+        again = peft.PeftModel.from_pretrained(case.base.make(), folder).eval().to(case.base.dtype)
+        found = apart(_theirs(case, again, saved.logits(name)), before)
+    return BaseFails(f"peft's own file gives other logits in peft: {found:.2g} apart") if found > 1e-5 else None
+
+
+def _left_out(model: Any, paths: Any) -> str:
+    """The first module by its full path that is asked for and has no adapter of peft's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inner = dict(model.base_model.model.named_modules())
+    named = [path for path in paths or () if path in inner] if isinstance(paths, list) else []
+    return next((path for path in named if not isinstance(inner[path], BaseTunerLayer)), "")
+
+
+def _by_embeddings(case: Case, plain: Tensor) -> float:
+    """How far the plain base is from itself when it gets embeddings, as peft gives them behind virtual tokens."""
+    batch, model = _batch(case), case.plain
+    inputs = {name: value for name, value in batch.inputs.items() if name != "input_ids"}
+    try:
+        embedded = model.get_input_embeddings()(batch.inputs["input_ids"].to(next(model.parameters()).device))
+        with torch.no_grad():
+            out = case.base.run(model, Batch({**inputs, "inputs_embeds": embedded.detach()}, batch.spans))
+    except Exception:  # it takes none: then peft's run has said so
+        return 0.0
+    return apart(_flat(out), plain)
 
 
 def _from_peft(case: Case, saved: Saved, bank: inlay.Bank, name: str) -> None:
@@ -117,14 +168,10 @@ def _from_peft(case: Case, saved: Saved, bank: inlay.Bank, name: str) -> None:
         model, theirs = _trained(case, folder, ours)
     except BaseFails:  # perhaps peft takes the base with no task alone
         model, theirs = _trained(case, folder, ours, keep_task=False)
-    with torch.no_grad():
-        plain = _flat(case.base.run(case.plain, _batch(case)))
-    if apart(theirs, plain) < 1e-7:
-        raise BaseFails("peft's own adapter changes nothing on this base")
     with tempfile.TemporaryDirectory() as other:
         model.save_pretrained(other)
         bank.load(name, other)
-    same("peft's here", _routed(case, bank, name), theirs, _bound(case, saved, name))
+    _compare("peft's here", case, saved, name, theirs, _routed(case, bank, name), model)
 
 
 def _trained(case: Case, folder: str, ours: Tensor, keep_task: bool = True) -> tuple[Any, Tensor]:

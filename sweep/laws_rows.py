@@ -45,16 +45,18 @@ def _mixed(case: Case, names: Sequence[str], side: str, rows: Sequence[Row] | No
             ways.append(case.base.batch([rows[index]], side, plain.width))
         effect = apart(together[index].detach(), plain.outputs[index])
         found[name] = verdict_of(
-            lambda i=index, n=name, w=ways, e=effect: compare(case, bank, n, together[i], w, e, tolerance, i)
+            lambda i=index, n=name, w=ways, e=effect: compare(
+                case, bank, n, together[i], w, e, tolerance, i, plain.batch
+            )
         )
     return found
 
 
 def compare(
     case: Case, bank: inlay.Bank, name: str, ours: Tensor, ways: Sequence[Any], effect: float,
-    tolerance: Tolerance, seed: int,
+    tolerance: Tolerance, seed: int, batch: Any = None,
 ) -> str:  # fmt: skip
-    """`ours` and its gradient against the row alone, in the one of `ways` that is nearest."""
+    """`ours` and its gradient against the row alone, in the one of `ways` that is nearest; it comes of `batch`."""
     if effect < 1e-7:
         raise case.without_effect(bank, name, ways[0])
     alone: list[Tensor] = []
@@ -69,7 +71,8 @@ def compare(
     except RuntimeError as error:
         raise case.own_gradient(bank, name, ways) or error from error
     if not all(bool(g.isfinite().all()) for g in (*mine, *expected)):
-        raise case.own_gradient(bank, name, ways) or Different("a gradient is not finite")
+        together = ways if batch is None else [*ways, batch]
+        raise case.own_gradient(bank, name, together) or Different("a gradient is not finite")
     scale = max(float(g.abs().max()) for g in expected)
     if not scale > 0:
         raise case.own_gradient(bank, name, ways) or Different("no parameter has a gradient")

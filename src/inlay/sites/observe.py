@@ -125,7 +125,8 @@ def attention_sites(base: Base) -> list[Site]:
             continue  # where nothing was seen, the innermost module is the one with keys
         shape = seen.get(module) or (None if seen else _configured(base.model, module))
         if shape is not None and shape.heads:
-            sites.append(replace(site, heads=shape.heads, head_dim=shape.head_dim, value_dim=shape.value_dim))
+            dims = {"heads": shape.heads, "head_dim": shape.head_dim, "value_dim": shape.value_dim}
+            sites.append(replace(site, keys_of=shape.keys_of, **dims))
     return sites
 
 

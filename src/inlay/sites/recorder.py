@@ -37,11 +37,13 @@ class Call:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Heads of a layer's keys, and the widths of a head's keys and values."""
+    """Heads of a layer's keys, and the widths of a head's keys and values; `keys_of` is the path of the attention that
+    made them, where it was another."""
 
     heads: int
     head_dim: int
     value_dim: int
+    keys_of: str = ""
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -75,6 +77,7 @@ class Recorder:
         """Begin anew."""
         self.calls: dict[str, Call] = {}
         self.heads: dict[nn.Module, HeadShape] = {}
+        self._keys: dict[object, tuple[str, Tensor]] = {}  # who made them; held, so that no two lie in one place
         self.reads = _Reads([*self.linear, *self.tables])
         self._traces = Streams(*self._shown)
         self._readers: dict[object, tuple[Tensor, list[str]]] = {}  # readers of each tensor of the block that runs
@@ -124,7 +127,10 @@ class Recorder:
     # ---- attention, as a handler
 
     def attend(self, plain: Callable[..., Any], module: nn.Module, qkv: QKV, mask: Any, **rest: Any) -> Any:
-        self.heads[module] = HeadShape(qkv[1].shape[1], qkv[1].shape[3], qkv[2].shape[3])
+        k = qkv[1]
+        maker = self._keys.setdefault((k.data_ptr(), k.shape), (self.paths.get(module, ""), k))[0]
+        own = maker == self.paths.get(module, "")
+        self.heads[module] = HeadShape(k.shape[1], k.shape[3], qkv[2].shape[3], "" if own else maker)
         return plain(module, *qkv, mask, **rest)
 
     def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
