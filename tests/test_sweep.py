@@ -131,7 +131,7 @@ def test_a_process_that_dies_is_a_cell_and_the_type_goes_on(tmp_path, monkeypatc
 
 
 def options(**more):
-    plain = {"types": "", "use": "", "methods": "", "laws": "", "table": False, "part": ""}
+    plain = {"device": "cpu", "types": "", "use": "", "methods": "", "laws": "", "table": False, "part": ""}
     return SimpleNamespace(**{**plain, **more})
 
 

@@ -9,8 +9,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from inlay.batch.forward import IN_MODEL, Forward, inside
+from inlay.batch.forward import FORWARD, IN_MODEL, Forward, inside
 from inlay.batch.layout import Layout
+from inlay.batch.route import Route
+from inlay.errors import UsageError
 from inlay.kernels.standin import StandIn
 
 from .behind import Before, Behind
@@ -38,7 +40,7 @@ class Outside:
         return found
 
     def _forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._inside(_bound(original, args, kwargs), original, args, kwargs)
+        return self._inside(_bound(original, args, kwargs), original, args, kwargs, reaches=True)
 
     def _encoded(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = _bound(original, args, kwargs)
@@ -46,18 +48,31 @@ class Outside:
         return self._inside(given, original, args, kwargs)
 
     def _inside(
-        self, given: Mapping[str, Any], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        self, given: Mapping[str, Any], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        reaches: bool = False,
+    ) -> Any:  # fmt: skip
         """The modules that run before a backbone, and those of the head behind it, are in the same forward."""
         forward = self._before(given)
         before = IN_MODEL.set(self.bank)
         try:
             with inside(forward):
-                return original(*args, **kwargs)
+                out = original(*args, **kwargs)
+                if reaches and forward is not None and FORWARD.get() is forward:
+                    self._check_unreached(forward.route)
+                return out
         finally:
             IN_MODEL.reset(before)
             if forward is not None:
                 forward.release()
+
+    def _check_unreached(self, route: Route) -> None:
+        """Raises: UsageError where a forward that entered no backbone should have had prefixes or virtual tokens."""
+        if any(self.bank.prefix_length(blend) or self.bank.virtual_length(blend) for blend in route.blends):
+            raise UsageError(
+                f"{type(self.model).__name__} never ran the stack that prefixes and virtual tokens stand in: "
+                "they would change nothing",
+                "Choose LoRA for this base.",
+            )
 
     def _before(self, given: Mapping[str, Any]) -> Forward | None:
         """The forward that towers of images and sounds are in, and what embeds ids for the backbone."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -125,9 +125,16 @@ def attention_sites(base: Base) -> list[Site]:
             continue  # where nothing was seen, the innermost module is the one with keys
         shape = seen.get(module) or (None if seen else _configured(base.model, module))
         if shape is not None and shape.heads:
-            dims = {"heads": shape.heads, "head_dim": shape.head_dim, "value_dim": shape.value_dim}
-            sites.append(replace(site, keys_of=shape.keys_of, **dims))
+            repeats = shape.repeats if shape.heads // shape.repeats == _cached_heads(base.model) else 1
+            dims = {"heads": shape.heads // repeats, "head_dim": shape.head_dim, "value_dim": shape.value_dim}
+            sites.append(replace(site, keys_of=shape.keys_of, repeats=repeats, **dims))
     return sites
+
+
+def _cached_heads(model: Any) -> int:
+    """The heads that a cache holds, by the configuration."""
+    config = model.config.get_text_config(decoder=True) if hasattr(model, "config") else None
+    return int(getattr(config, "num_key_value_heads", 0) or 0)
 
 
 def _configured(model: nn.Module, module: nn.Module) -> HeadShape | None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -38,12 +39,13 @@ class Call:
 @dataclass(frozen=True)
 class HeadShape:
     """Heads of a layer's keys, and the widths of a head's keys and values; `keys_of` is the path of the attention that
-    made them, where it was another."""
+    made them, where it was another; all heads are those of the first `heads / repeats`, over and over."""
 
     heads: int
     head_dim: int
     value_dim: int
     keys_of: str = ""
+    repeats: int = 1
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -130,7 +132,7 @@ class Recorder:
         k = qkv[1]
         maker = self._keys.setdefault((k.data_ptr(), k.shape), (self.paths.get(module, ""), k))[0]
         own = maker == self.paths.get(module, "")
-        self.heads[module] = HeadShape(k.shape[1], k.shape[3], qkv[2].shape[3], "" if own else maker)
+        self.heads[module] = HeadShape(k.shape[1], k.shape[3], qkv[2].shape[3], "" if own else maker, _repeats(k))
         return plain(module, *qkv, mask, **rest)
 
     def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
@@ -228,6 +230,12 @@ class _Reading(TorchFunctionMode):
             for value in (*args, *(kwargs or {}).values()):
                 self.recorder.reads.saw(value, getattr(func, "__name__", ""))
         return out
+
+
+def _repeats(k: Tensor) -> int:
+    """How many times the same heads stand side by side in keys (B, heads, n, dim)."""
+    counts = (n for n in range(k.shape[1], 1, -1) if k.shape[1] % n == 0)
+    return next((n for n in counts if torch.equal(k, k[:, : k.shape[1] // n].repeat(1, n, 1, 1))), 1)
 
 
 def _values(out: Any) -> tuple[Any, ...]:
