@@ -133,7 +133,8 @@ def ours(a: argparse.Namespace, rows: list[list[int]]) -> dict:
     many = 16 if "16" in a.only else 1  # learners in one stream, which share the rows of a step among them
     batch, steps = a.batch // many, 2 * clock.steps
     plans = [
-        Plan(f"a{n}", inlay.LoRA(r=8, alpha=16 + n % 4), lr=RATE, batch_size=batch, steps=steps, seed=n) for n in range(many)
+        Plan(f"a{n}", inlay.LoRA(r=8, alpha=16 + n % 4), lr=RATE, batch_size=batch, steps=steps, seed=n)
+        for n in range(many)
     ]
     learners = add_learners(bank, plans, len(examples))
     seen = [0, 0]
