@@ -39,6 +39,9 @@ COMMANDS = [
     ["generate", "--adapter", "runs/lora/adapter", *ASKED, "--json"],
     ["generate", "--adapter", "runs/prefix/adapter", *ASKED],
     ["chat", "--adapter", "runs/lora/adapter", "--max-new-tokens", "4"],
+    ["convert", "--adapter", "runs/lora/adapter", "--to", "lora", "--rank", "4", "--out", "as_lora", "--json"],
+    [*TRAIN, "--out", "runs/chosen", "--method", "selective", "--set", "select=heads 0-2 of last 1"],
+    ["combine", "--adapter", "runs/lora/adapter", "--adapter", "runs/lora/last", "--out", "both", "--json"],
     ["merge", "--adapter", "runs/lora/adapter", "--out", "merged", "--json"],
     ["generate", "--base", "merged", *ASKED, "--json"],
 ]

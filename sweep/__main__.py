@@ -27,7 +27,7 @@ examples:
   python -m sweep --use image --laws mixed,merge   one use, two laws
   python -m sweep --table                          all methods of the table on twelve types
   python -m sweep --types bert --again -v          do it again, and print every cell
-  python -m sweep --part 3/20                      a twentieth of the types
+  python -m sweep --part 3/20 --seconds 60         a twentieth of the types, as far as it comes in a minute
   python -m sweep --write docs/architectures.md    nothing but the page from what is kept, where nothing is missing
 """
 
@@ -48,7 +48,9 @@ def main() -> int:
             took = time.monotonic() - start
             print(f"{took:6.0f} s  {waiting:4} waiting  {job.use}:{job.type_name}", file=sys.stderr)
 
-        run_all(due, store, options.processes, options.limit, on_job)
+        left = run_all(due, store, options.processes, options.limit, on_job, options.seconds)
+        if left:
+            print(f"{left} of {len(jobs)} types were left: {options.seconds:g} s were over", file=sys.stderr)
     cells = _asked(store, jobs)
     if options.verbose:
         for cell in cells:
@@ -56,10 +58,12 @@ def main() -> int:
     print(matrix(cells) if len(jobs) <= 40 else "", summary(cells), sep="\n")
     if options.write:
         write_page(options.write, cells)
+    if options.against and not options.against.is_file():
+        sys.exit(f"{options.against} is not there. Write it with --write.")
     found = worse(options.against, cells) if options.against else []
     for cell in found:
         what = f"{cell.use}:{cell.type_name} {cell.law}: {cell.method}: {cell.status} {cell.note}"
-        print(f"not on {options.against}: {what}")
+        print(f"worse than {options.against} says: {what}")
     return int(bool(found))
 
 
@@ -91,6 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="processes at a time")
     parser.add_argument("--device", default="cpu", help="where the bases are: cpu, cuda")
     parser.add_argument("--limit", type=float, default=90, help="seconds that one process may take")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further type after these seconds")
     parser.add_argument("--against", type=Path, help="exit 1 where a cell is worse than this page's matrix says")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every cell")
     return parser.parse_args()

@@ -150,7 +150,8 @@ def prepare_config(config: Any, use: str) -> None:
     """What a use needs of a configuration, and values that every type must have."""
     if use == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True
-    if hasattr(config, "encoder") and hasattr(decoder := getattr(config, "decoder", None), "add_cross_attention"):
+    decoder: Any = getattr(config, "decoder", None)
+    if hasattr(config, "encoder") and hasattr(decoder, "add_cross_attention"):
         decoder.is_decoder = decoder.add_cross_attention = True  # two models as one: else nothing reads the encoder
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for one in (config, text):
@@ -167,11 +168,13 @@ def pad_id(config: Any) -> int:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """The usual start is so small that attention would hardly matter, with norms and biases that do nothing."""
+    """The usual start is so small that attention would hardly matter, with norms, biases and gates that do nothing."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim <= 1:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        elif parameter.ndim == 2 and float(parameter.std()) == 0:  # what starts at zero hides all before it
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.12)
         elif parameter.ndim == 2 and float(parameter.std()) < 0.1:
             parameter.mul_(min(6.0, 0.12 / max(1e-3, float(parameter.std()))))
 

@@ -81,6 +81,7 @@ NESTED: dict[str, dict[str, Any]] = {
     "GraniteSpeechPlusConfig": {"window_size": 4, "downsample_rate": 2},
     "GraniteSpeechEncoderConfig": {"max_pos_emb": 8, "context_size": 8},
     "MllamaVisionConfig": {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]], "vision_output_dim": 64},
+    "MllamaTextConfig": {"cross_attention_layers": [1]},
     "CpmAntConfig": {"dim_ff": 48},
     "CTRLConfig": {"dff": 48},
 }  # fmt: skip

@@ -106,8 +106,7 @@ def merge(case: Case, names: Sequence[str]) -> Checks:
             plain = _flat(case.base.run(bank.model, batch))
             with bank.route([name] * 2):
                 routed = _flat(case.base.run(bank.model, batch))
-            if apart(routed, plain) < 1e-7:
-                raise case.without_effect(bank, name, batch)
+            case.check_effect(bank, name, batch, apart(routed, plain))
             bank.merge(name)
             merged = _flat(case.base.run(bank.model, batch))
             same("merged", merged, routed, 100 * case.tolerance.output)

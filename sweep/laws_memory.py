@@ -12,6 +12,7 @@ from torch import Tensor
 
 import inlay
 
+from .bases import Batch
 from .case import Case, Checks, each_or_all, loss_of, neighbours, over
 from .samples import NEIGHBOUR
 from .verdicts import BaseFails, Different, verdict_of
@@ -63,14 +64,21 @@ def _checkpointing(case: Case, names: Sequence[str], way: str) -> Checks:
 
     if way != "recomputing":
         bank.model.train()
-    plain = grads(bank.model)
+    alone = {n: [case.base.batch([row])] for n, row in zip(wanted, case.base.rows(len(wanted)), strict=True)}
+    try:
+        plain = grads(bank.model)
+    except Exception as error:
+        fault = next((f for n in names if (f := case.own_gradient(bank, n, alone[n])) is not None), None)
+        raise fault or _frozen_fault(case, bank, names, way) or error from error
     with _switched(bank, way):
         try:
             ours = grads(bank.model)
-        except RuntimeError as error:
+        except Exception as error:
             raise _frozen_fault(case, bank, names, way) or error from error
 
     def check(name: str) -> None:
+        if not all(bool(g.isfinite().all()) for g in plain[name]):
+            raise case.own_gradient(bank, name, alone[name]) or Different("a gradient is not finite")
         scale = max(float(g.abs().max()) for g in plain[name])
         for a, b in zip(ours[name], plain[name], strict=True):
             if not float((a - b).abs().max()) <= case.tolerance.gradient * max(scale, 1e-6):
@@ -84,17 +92,19 @@ def _frozen_fault(case: Case, bank: inlay.Bank, names: Sequence[str], way: str) 
     if way == "recomputing":
         return None
     paths = {path for name in names for path in case.sites(bank, name)}
-    model = case.base.make().requires_grad_(False)
-    for path in paths:
-        model.get_submodule(path).requires_grad_(True)
-    model.train()
-    try:
-        model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
-        model.enable_input_require_grads()
-        outputs = case.base.run(model, case.base.batch(case.base.rows(2), case.sides()[0]))
-        sum(loss_of(out, i) for i, out in enumerate(outputs)).backward()  # pyright: ignore
-    except Exception as error:
-        return BaseFails(f"the plain base, frozen but for {len(paths)} modules: {type(error).__name__}: {error}")
+    for trained in (paths, ()):
+        model = case.base.make().requires_grad_(False)
+        for path in trained:
+            model.get_submodule(path).requires_grad_(True)
+        model.train()
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
+            model.enable_input_require_grads()
+            outputs = case.base.run(model, case.base.batch(case.base.rows(2), case.sides()[0]))
+            if trained:
+                sum(loss_of(out, i) for i, out in enumerate(outputs)).backward()  # pyright: ignore
+        except Exception as error:
+            return BaseFails(f"the plain base, frozen but for {len(trained)} modules: {type(error).__name__}: {error}")
     return None
 
 
@@ -145,6 +155,10 @@ def _dtype(case: Case, names: Sequence[str], dtype: torch.dtype) -> Checks:
             raise Different("numbers that are not finite")
         found = distance(fewer[index], exact[index])
         if found > max(6 * own, 0.25 if dtype != torch.float32 else 1e-3):
+            name = wanted[index]
+            moved = 0.0 if name is None else distance(_of_rounded(case, name, batch, index, dtype), exact[index])
+            if 6 * moved > found:
+                raise BaseFails(f"weights rounded to {dtype} alone move the row by {moved:.2g}")
             raise Different(f"{found:.2g} from the exact logits, where the plain base is {own:.2g}")
 
     return {n: verdict_of(lambda i=i: check(i)) for i, n in enumerate(wanted) if n and n != NEIGHBOUR}
@@ -154,6 +168,17 @@ def _logits(case: Case, wanted: Sequence[str | None], batch: Any, dtype: torch.d
     bank = case.shared([n for n in wanted if n], dtype)
     with torch.no_grad(), bank.route(wanted):
         return case.base.run(bank.model, batch)
+
+
+def _of_rounded(case: Case, name: str, batch: Batch, index: int, dtype: torch.dtype) -> Tensor:
+    """A row's logits, computed exactly from weights and an adapter that are rounded: bases that choose the highest of
+    many scores may choose others."""
+    bank = case.bank([name])
+    with torch.no_grad():
+        for parameter in (*bank.model.parameters(), *bank.parameters(name)):
+            parameter.copy_(parameter.to(dtype))
+        with bank.route([name] * len(batch.spans)):
+            return case.base.run(bank.model, batch)[index]
 
 
 def _own_error(case: Case, batch: Any, dtype: torch.dtype) -> float:

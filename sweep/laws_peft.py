@@ -142,7 +142,7 @@ def _left_out(model: Any, paths: Any) -> str:
     """The first module by its full path that is asked for and has no adapter of peft's."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    inner = dict(model.base_model.model.named_modules())
+    inner = dict(getattr(model.base_model, "model", model.base_model).named_modules())  # around none for virtual tokens
     named = [path for path in paths or () if path in inner] if isinstance(paths, list) else []
     return next((path for path in named if not isinstance(inner[path], BaseTunerLayer)), "")
 

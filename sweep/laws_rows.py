@@ -11,7 +11,7 @@ from torch import Tensor
 
 import inlay
 
-from .bases import cast, logits_of
+from .bases import Batch, cast, logits_of
 from .case import Case, Checks, each_or_all, gradients, loss_of, neighbours, over
 from .inputs import Row
 from .samples import NEIGHBOUR
@@ -35,6 +35,8 @@ def _mixed(case: Case, names: Sequence[str], side: str, rows: Sequence[Row] | No
     tolerance = case.tolerance
     base_row = verdict_of(lambda: same("the base's row", together[0], plain.outputs[0], 10 * tolerance.output))
     if base_row.status != RIGHT:
+        if plain.moved > tolerance.output:  # virtual tokens make padding for the others
+            raise BaseFails(f"padding alone moves a row of the plain base by {plain.moved:.2g}")
         raise Different(base_row.note)
     found: Checks = {}
     for index, name in enumerate(wanted):
@@ -54,11 +56,10 @@ def _mixed(case: Case, names: Sequence[str], side: str, rows: Sequence[Row] | No
 
 def compare(
     case: Case, bank: inlay.Bank, name: str, ours: Tensor, ways: Sequence[Any], effect: float,
-    tolerance: Tolerance, seed: int, batch: Any = None,
+    tolerance: Tolerance, seed: int, batch: Batch | None = None,
 ) -> str:  # fmt: skip
-    """`ours` and its gradient against the row alone, in the one of `ways` that is nearest; it comes of `batch`."""
-    if effect < 1e-7:
-        raise case.without_effect(bank, name, ways[0])
+    """`ours` and its gradient, of row `seed` of `batch`, against the row alone in the one of `ways` that is nearest."""
+    case.check_effect(bank, name, ways[-1], effect)
     alone: list[Tensor] = []
     for way in ways:
         with bank.route([name]):
@@ -68,17 +69,19 @@ def compare(
     parameters = list(bank.parameters(name))
     try:
         mine, expected = (gradients(loss_of(out, seed), parameters) for out in (ours, nearest))
-    except RuntimeError as error:
+    except Exception as error:
         raise case.own_gradient(bank, name, ways) or error from error
     if not all(bool(g.isfinite().all()) for g in (*mine, *expected)):
         together = ways if batch is None else [*ways, batch]
         raise case.own_gradient(bank, name, together) or Different("a gradient is not finite")
     scale = max(float(g.abs().max()) for g in expected)
     if not scale > 0:
-        raise case.own_gradient(bank, name, ways) or Different("no parameter has a gradient")
+        fault = case.own_gradient(bank, name, ways) or case.reads_nothing(ways[0])
+        raise fault or Different("no parameter has a gradient")
     for index, (a, b) in enumerate(zip(mine, expected, strict=True)):
         if (found := float((a - b).abs().max()) / scale) > tolerance.gradient:
-            raise Different(f"gradient of parameter {index} of {len(mine)}: {found:.2g} apart")
+            fault = None if batch is None else case.gradient_moves(bank, name, batch, seed, ways[-1])
+            raise fault or Different(f"gradient of parameter {index} of {len(mine)}: {found:.2g} apart")
     return dead(bank, name, expected)
 
 
@@ -112,13 +115,22 @@ def _nan(case: Case, names: Sequence[str]) -> Checks:
 
     def check(index: int, name: str) -> None:
         same("values beside NaN", sick[index], healthy[index], case.tolerance.output)
-        for grad in gradients(loss_of(sick[index], index), list(bank.parameters(name))):
-            if not bool(grad.isfinite().all()):
-                raise Different("the gradient beside NaN is not finite")
+        alone = [case.base.batch([rows[index]], side, batch_width(batch))]
+        try:
+            found = gradients(loss_of(sick[index], index), list(bank.parameters(name)))
+        except Exception as error:
+            raise case.own_gradient(bank, name, alone) or error from error
+        if not all(bool(grad.isfinite().all()) for grad in found):
+            raise case.own_gradient(bank, name, alone) or Different("the gradient beside NaN is not finite")
 
     found = {n: verdict_of(lambda i=i, n=n: check(i, n)) for i, n in enumerate(wanted) if n and n != NEIGHBOUR}
     _fill(bank, kept)
     return found
+
+
+def batch_width(batch: Batch) -> int:
+    """Columns of its tokens, 0 where it has none."""
+    return batch.inputs["input_ids"].shape[1] if "input_ids" in batch.inputs else 0
 
 
 @torch.no_grad()
@@ -142,6 +154,8 @@ def _packed(case: Case, names: Sequence[str]) -> Checks:
     lengths = [row["input_ids"].shape[1] for row in rows]
     with bank.stream(list(zip(wanted, lengths, strict=True))):
         out = bank.model(**cast({"input_ids": torch.cat([row["input_ids"] for row in rows], 1)}, bank.model))
+    if logits_of(out).shape[1] != sum(lengths):
+        raise Untried("its output is not one of tokens")
     pieces = list(logits_of(out)[0].split(lengths))
     batches = [case.base.batch([row]) for row in rows]
     with torch.no_grad():

@@ -51,6 +51,8 @@ def _generate(case: Case, names: Sequence[str], settings: Mapping[str, Any]) -> 
             else inputs["input_ids"].shape[1]
         )
         more = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **settings}
+        if holders := sorted({*case.base.maker.placeholders}):  # they stand for images or sounds that are not there
+            more["suppress_tokens"] = holders
         with torch.no_grad():
             return model.generate(**cast(inputs, model), **more)[:, length:]
 

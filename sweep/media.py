@@ -17,12 +17,14 @@ Media = Callable[[torch.Generator], Row]
 
 
 def makers(model: Any, use: str) -> Iterator[Maker]:
-    """Makers to try. A model of text and images is tried with images first, then with text alone."""
+    """Makers to try. A model of text and images is tried with images first, then with text alone; one that reads no
+    text but writes some, with images alone."""
     taken = inspect.signature(model.forward).parameters
     if use == "vision-text":
+        text = "input_ids" in taken
         for media in (*_images(model), *_sounds(model)):
-            for holders in placeholders(model, media):
-                yield Maker(model, use, media, holders)
+            for holders in placeholders(model, media) if text else ((),):
+                yield Maker(model, use, media, holders, text)
         yield Maker(model, use)
         return
     if use in ("image", "ctc", "sound", "speech") or "input_ids" not in taken:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .choose import LAW_NAMES
 from .uses import USES
-from .verdicts import STATUSES, Cell
+from .verdicts import LATE, STATUSES, Cell
 
 __all__ = ["matrix", "sentences", "summary", "worse", "write_page"]
 
@@ -71,22 +71,38 @@ def plain(note: str) -> str:
 
 
 def worse(path: Path, cells: Iterable[Cell]) -> list[Cell]:
-    """Cells that are wrong or raw errors where the matrix of the page `path` has neither for the type and the law; of a
-    type that is not on the page nothing is known."""
+    """Cells of a type and a law of which the matrix of the page `path` says better: it counts fewer wrong and raw ones;
+    or fewer refused and more right ones. Of a type that is not on the page nothing is known, nor of a process that was
+    too slow."""
     lines = [
         line.strip("|").split("|") for line in path.read_text(encoding="utf8").splitlines() if line.startswith("|")
     ]
     table = [[field.strip() for field in line] for line in lines]
     laws, rows = table[0], {row[0]: row for row in table[2:]}
+    groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        name = f"{cell.use}:{cell.type_name}"
+        if name in rows and cell.law in laws and cell.note != LATE:
+            groups[name, cell.law].append(cell)
+    found: list[Cell] = []
+    for (name, law), own in groups.items():
+        bad = _worse(own, _counted(rows[name][laws.index(law)]))
+        found += [cell for cell in own if cell.status in bad]
+    return found
 
-    def marked(cell: Cell) -> bool:
-        row = rows.get(f"{cell.use}:{cell.type_name}")
-        if row is None:
-            return True
-        found = row[laws.index(cell.law)] if cell.law in laws else ""
-        return MARKS["wrong"] in found or MARKS["raw"] in found
 
-    return [cell for cell in cells if cell.status in ("wrong", "raw") and not marked(cell)]
+def _worse(cells: Sequence[Cell], said: Counter[str]) -> tuple[str, ...]:
+    """The statuses of which there are more than a page `said`."""
+    now = Counter(cell.status for cell in cells)
+    if now["wrong"] + now["raw"] > said["wrong"] + said["raw"]:
+        return "wrong", "raw"
+    return ("refused",) if now["refused"] > said["refused"] and now["right"] < said["right"] else ()
+
+
+def _counted(text: str) -> Counter[str]:
+    """The inverse of `mark`."""
+    statuses = {sign: status for status, sign in MARKS.items()}
+    return Counter({statuses[field[0]]: int(field[1:] or 1) for field in text.split() if field[0] in statuses})
 
 
 def write_page(path: Path, cells: Sequence[Cell]) -> None:

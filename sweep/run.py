@@ -14,9 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from .store import Store
-from .verdicts import Cell
+from .verdicts import LATE, Cell
 
 __all__ = ["Job", "preload", "run_all"]
+
+GRACE = 20.0
+"""Seconds that processes go on for when the time of a run is over."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,20 @@ def preload() -> None:
 
 
 def run_all(
-    jobs: Sequence[Job], store: Store, processes: int, limit: float, on_job: Callable[[Job, int], None]
-) -> None:
+    jobs: Sequence[Job], store: Store, processes: int, limit: float, on_job: Callable[[Job, int], None],
+    seconds: float = float("inf"),
+) -> int:  # fmt: skip
     """Run the jobs; `limit` is what one process may take, in seconds. A law in which a process dies or stays is one
-    cell, and the type goes on behind it in a new process."""
-    waiting, running = list(reversed(jobs)), {}
-    selector = selectors.DefaultSelector()
+    cell, and the type goes on behind it in a new process. Nothing starts when `seconds` are over, and what runs has
+    GRACE; returns how many jobs were left then."""
+    waiting, running, left = list(reversed(jobs)), {}, 0
+    selector, last = selectors.DefaultSelector(), time.monotonic() + seconds
     try:
         while waiting or running:
+            if time.monotonic() > last:
+                left, waiting = left + len(waiting), []
+                for child in running.values():
+                    child.ends = child.ends if child.ends == float("inf") else min(child.ends, last + GRACE)
             while waiting and len(running) < processes:
                 child = _start(waiting.pop(), limit)
                 running[child.pipe] = child
@@ -93,6 +102,7 @@ def run_all(
         for child in running.values():
             os.kill(child.pid, signal.SIGKILL)
             os.waitpid(child.pid, 0)
+    return left
 
 
 def _start(job: Job, limit: float) -> Child:
@@ -146,7 +156,7 @@ def _finish(child: Child, store: Store) -> Job | None:
         return None
     late = child.ends == float("inf")
     killed = f"the process was ended by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "the process died"
-    job, what = child.job, "it took longer than the limit of a process" if late else killed
+    job, what = child.job, LATE if late else killed
     store.add([Cell(job.use, job.type_name, "", child.law, "untried" if child.law == "build" else "raw", what)])
     rest = tuple(law for law in job.laws if law not in child.done)
     if child.law in ("build", "add") or not rest:

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from inlay.errors import InlayError
 
-__all__ = ["BaseFails", "Cell", "Different", "Tolerance", "Verdict", "apart", "same", "verdict_of"]
+__all__ = ["LATE", "BaseFails", "Cell", "Different", "Tolerance", "Verdict", "apart", "same", "verdict_of"]
 
 RIGHT, REFUSED, RAW, WRONG, BASE, UNTRIED = "right", "refused", "raw", "wrong", "base", "untried"
 STATUSES = (WRONG, RAW, REFUSED, BASE, UNTRIED, RIGHT)
 """Worst first. `base`: the base breaks the law without Inlay; `untried`: the sweep has no case for it."""
+
+
+LATE = "it took longer than the limit of a process"
+"""The note on a law that a slow machine may not have ended."""
 
 
 class Different(Exception):

@@ -1,23 +1,54 @@
-"""AdapterHub's numbers on tiny models, and bases and adapters that hold its weights; golden/make_adapterhub_more.py
-made them."""
+"""AdapterHub's numbers on tiny models, and bases and adapters that hold its weights; golden/make_adapterhub_more.py and
+golden/make_adapterhub_files.py made them.
+
+`PYTHONPATH=tests python -m adapterhub FOLDER` opens the folders that AdapterHub saved and writes them again.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import torch
+import transformers as tf
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+import inlay
 import test_bottleneck
+from inlay.errors import InlayError
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "adapterhub_more.safetensors")
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = load_file(FOLDER / "adapterhub_more.safetensors")
 FAMILIES = ("llama", "gpt2", "bert")
 STEPS, RATE = 4, 0.1
 BOTTLENECK = {"down": "down.0.weight", "down_bias": "down.0.bias", "up": "up.weight", "up_bias": "up.bias"}
 
 
+ENCODER = test_bottleneck.SMALL
+DECODER = ENCODER | dict(num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+MODELS = {
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**DECODER)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER)),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**DECODER, head_dim=4)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**DECODER, head_dim=4, query_pre_attn_scalar=4)),
+    "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**ENCODER, pad_token_id=0, bos_token_id=1, eos_token_id=2)),
+    "roberta": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**ENCODER)),
+    "electra": lambda: tf.ElectraForMaskedLM(tf.ElectraConfig(**ENCODER, embedding_size=16)),
+}
+"""Bases whose weights the files of their adapters hold."""
+
+
 def base_of(name):
-    return test_bottleneck.base_of(name, GOLDEN)
+    if name not in MODELS:
+        return test_bottleneck.base_of(name, GOLDEN)
+    model, stored = MODELS[name]().double().eval(), load_file(FOLDER / f"files_{name}.safetensors")
+    found = {key.removeprefix("base/"): value.double() for key, value in stored.items() if key.startswith("base/")}
+    lost = model.load_state_dict(found, strict=False).missing_keys
+    assert all("position_ids" in key or "token_type_ids" in key for key in lost), lost
+    model.tie_weights()
+    return model
 
 
 def reference(name, kind, key):
@@ -71,5 +102,64 @@ def same_curve(bank, adapter, name, kind, inputs, bound=1e-9):
 
 
 def inputs_of(name):
-    ids = GOLDEN[f"{name}/ids"]
+    ids = GOLDEN[f"{name}/ids"] if name not in MODELS else load_file(FOLDER / f"files_{name}.safetensors")["ids"]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+# ---- folders
+
+
+class Saved:
+    """One adapter of a golden file, as AdapterHub or Inlay saved it: config, tensors, and AdapterHub's logits."""
+
+    def __init__(self, file, kind):
+        self.base = file.partition("_")[2].partition("_")[0]
+        with safe_open(FOLDER / f"{file}.safetensors", "pt") as opened:
+            self.config = json.loads(opened.metadata()[kind])
+            names = [key for key in opened.keys() if key.startswith(f"{kind}/")]  # noqa: SIM118
+            found = {key: opened.get_tensor(key) for key in names}
+        self.logits = found.pop(f"{kind}/logits").double()
+        self.tensors = {key.removeprefix(f"{kind}/"): value for key, value in found.items()}
+
+    @property
+    def ids(self):
+        return GOLDEN[f"{self.base}/ids"]
+
+    def say_subtraction(self, kind):
+        """What AdapterHub leaves out of ReFT's config."""
+        if kind in ("noreft", "direft"):
+            self.config["config"]["subtract_projection"] = kind == "noreft"
+
+    def to(self, folder):
+        """The folder as AdapterHub leaves it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps(self.config))
+        torch.save(self.tensors, folder / "pytorch_adapter.bin")
+        return folder
+
+
+def kinds_of(file):
+    with safe_open(FOLDER / f"{file}.safetensors", "pt") as opened:
+        return list(opened.metadata())
+
+
+THEIRS = sorted((file.stem, kind) for file in FOLDER.glob("files_*.safetensors") for kind in kinds_of(file.stem))
+"""Golden file and kind of all that AdapterHub saved."""
+WRITTEN = sorted((file.stem, kind) for file in FOLDER.glob("written_*.safetensors") for kind in kinds_of(file.stem))
+"""Those of all that Inlay wrote, with the logits that AdapterHub had with it."""
+
+
+def write_all(target):
+    for file, kind in THEIRS:
+        saved = Saved(file, kind)
+        saved.say_subtraction(kind)
+        bank = inlay.attach(base_of(saved.base))
+        try:
+            bank.load("ours", saved.to(target / "theirs"))
+            bank.save("ours", target / file.removeprefix("files_") / kind, format="adapterhub")
+        except InlayError as error:
+            print(f"{file} {kind}: {error}")
+
+
+if __name__ == "__main__":
+    write_all(Path(sys.argv[1]))

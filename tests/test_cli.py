@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from inlay.cli.app import app
 from inlay.methods.table import METHODS
-from zoo import FITTING
+from zoo import ALONE, FITTING
 
 WORDS = ["--template", r"Review: {text}\nSentiment:", "--verbalizer", "0=negative,1=positive"]
 
@@ -97,7 +97,7 @@ def test_generate_and_merge(trained, base_folder, tmp_path):
     assert call("generate", "--base", tmp_path / "merged", *raw).stdout.strip() == said.strip()
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ALONE)
 def test_every_method_trains_from_the_command(method, base_folder, reviews, tmp_path):
     more = [word for key, value in FITTING.get(method, {}).items() for word in ("--set", f"{key}={value}".lower())]
     result = answer(

@@ -420,7 +420,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_folder(where, base_fol
 
     spots = {
         "estimate": "inlay.runs.run.estimate_mb",
-        "first step": "inlay.training.loop._gradients",
+        "first step": "inlay.training.loop.step_gradients",
         "tracker": "inlay.runs.run.Tracker",
     }
     monkeypatch.setattr(spots[where], boom)
@@ -444,7 +444,7 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(base_folder, reviews, whol
         raise Boom
 
     with monkeypatch.context() as patch:
-        patch.setattr("inlay.training.loop._gradients", boom)
+        patch.setattr("inlay.training.loop.step_gradients", boom)
         with pytest.raises(Boom):
             run(settings(base_folder, reviews, out, resume=True), on_message=lambda line: None)
     lines = before.pop(out / "metrics.jsonl")

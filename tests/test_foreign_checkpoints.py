@@ -120,13 +120,14 @@ def saved(lora, tmp_path):
     ("fields", "said"),
     [
         ({"new_gate": 3}, "new_gate to 3, which Inlay does not know"),
-        ({"lora_bias": True}, "lora_bias"),
+        ({"lora_bias": True}, "lacks the tensor .*lora_B.bias"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias"),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq"),
         ({"init_lora_weights": "pissa_niter_x"}, "pissa_niter_x"),
         ({"init_lora_weights": 5}, "init_lora_weights=5"),
         ({"enable_lora": [True, False]}, "enable_lora"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [3]}, "lacks the tensor .*trainable_tokens_delta"),
     ],
 )
 def test_a_field_that_is_neither_known_nor_at_its_default_is_refused_by_name(saved, fields, said):

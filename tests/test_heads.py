@@ -406,3 +406,15 @@ def test_gradients_of_heads_are_the_references(name, tmp_path):
                 torch.testing.assert_close(value.grad, other.grad, **EXACT)
                 compared += 1
     assert compared == sum(p.requires_grad for p in reference.parameters())
+
+
+def test_a_head_with_running_means_is_no_adapters_own():
+    config = tf.LevitConfig(
+        image_size=32, hidden_sizes=[8, 8, 8], num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[4, 4, 4],
+        attention_ratio=[2, 2, 2], mlp_ratio=[2, 2, 2], num_labels=3,
+    )  # fmt: skip
+    bank = inlay.attach(tf.LevitForImageClassification(config).eval())
+    assert "batch_norm.running_mean" in bank.model.classifier.state_dict()
+    with pytest.raises(UsageError, match=r"classifier holds batch_norm\.num_batches_tracked, which is no parameter"):
+        bank.add("head", inlay.ModulesToSave())
+    bank.add("inside", inlay.ModulesToSave(targets=["classifier.linear"]))

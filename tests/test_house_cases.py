@@ -289,7 +289,7 @@ def test_virtual_tokens_and_bottlenecks_beside_images(name, method):
 def test_a_mask_that_the_model_makes_of_images_has_no_place_for_prefixes():
     seeing = Seeing("gemma3_images")
     bank = bank_with(model_of("gemma3_images"), a=inlay.PrefixTuning(3))
-    with pytest.raises(UsageError, match="and says more"), bank.route(["a", None, "a"]):
+    with pytest.raises(UsageError, match="which says more"), bank.route(["a", None, "a"]):
         bank.model(**seeing.batch())
 
 

@@ -15,6 +15,12 @@ EXACT = {"rtol": 0, "atol": 1e-9}
 WISHES = {
     "small": lambda: inlay.LoRA(r=4),
     "wide": lambda: inlay.LoRA(r=32, targets="all-linear", layers=[0], use_rslora=True),
+    "inside": lambda: inlay.LoRA(r=2, init="pissa"),
+    "lora_fa": lambda: inlay.LoRAFA(r=3),
+    "lora_bias": lambda: inlay.LoRABias(r=2),
+    "merged_lora": lambda: inlay.MergedLoRA(r=2, enable_lora=[True, False], targets="all-linear"),
+    "adalora": lambda: inlay.AdaLoRA(init_r=3, target_r=2),
+    "alora": lambda: inlay.ALoRA(r=2, alora_invocation_tokens=[5]),
     "dora": lambda: inlay.DoRA(r=3),
     "vera": lambda: inlay.VeRA(r=8),
     "bitfit": lambda: inlay.BitFit(add_bias=True),
@@ -33,21 +39,56 @@ WISHES = {
     "shira": lambda: inlay.SHiRA(r=1),
     "ia3": lambda: inlay.IA3(),
     "norm": lambda: inlay.NormTuning(),
+    "selective": lambda: inlay.Selective(select="attention of first 1; norms; heads 0,1 of last 1"),
+    "tokens": lambda: inlay.TrainableTokens(token_indices=[*range(3, 48)]),
+    "full": lambda: inlay.Full(),
     "short": lambda: inlay.PrefixTuning(num_virtual_tokens=2),
     "long": lambda: inlay.PrefixTuning(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=6),
     "prompt": lambda: inlay.PromptTuning(num_virtual_tokens=3, init="vocab"),
+    "gated_prefix": lambda: inlay.PrefixTuning(num_virtual_tokens=3, gated=True),
+    "unmoved": lambda: inlay.UnmovedPrefix(num_virtual_tokens=4),
+    "mlp": lambda: inlay.PTuning(num_virtual_tokens=2, encoder_hidden_size=4),
+    "lstm": lambda: inlay.PTuning(2, "LSTM", encoder_hidden_size=3),
+    "multitask": lambda: inlay.MultitaskPromptTuning(num_virtual_tokens=2, init="vocab", num_tasks=2, task=1),
+    "llama_adapter": lambda: inlay.LlamaAdapter(adapter_len=2),
     "houlsby": lambda: METHODS["houlsby"](),
     "pfeiffer": lambda: METHODS["pfeiffer"](),
+    "plus": lambda: inlay.AdapterPlus(reduction_factor=4),
+    "compacter": lambda: inlay.Compacter(reduction_factor=4),
+    "coupled": lambda: inlay.Invertible(),
+    "glow": lambda: inlay.Invertible(inv_adapter="glow", non_linearity="tanh"),
+    "gated": lambda: inlay.Pfeiffer(reduction_factor=4, use_gating=True, ln_before=True),
+    "gated_lora": lambda: inlay.GatedLoRA(r=2),
+    "unipelt": lambda: inlay.UniPELT(num_virtual_tokens=2, encoder_hidden_size=6, reduction_factor=4, r=2),
+    "fusion": lambda: inlay.Fusion(adapters=["houlsby", "pfeiffer"]),
 }
 # Mamba's scan ignores padding because its first projection has no bias; one that is added makes padding a token.
 INSTEAD = {
     ("mamba", "bitfit"): lambda: inlay.BitFit(add_bias=True, targets=["x_proj", "out_proj"]),
+    ("mamba", "lora_bias"): lambda: inlay.LoRABias(r=2, targets=["x_proj", "out_proj"]),
+    ("mamba", "merged_lora"): lambda: inlay.MergedLoRA(r=2, enable_lora=[True, False], targets=["in_proj", "out_proj"]),
     # Blocks and pairs that do not divide the nine features of its second projection.
     ("mamba", "road"): lambda: inlay.RoAd(group_size=4, targets=["in_proj", "out_proj"]),
     ("mamba", "c3a"): lambda: inlay.C3A(block_size=4, targets=["in_proj", "out_proj"]),
+    ("mamba", "gated_lora"): lambda: inlay.GatedLoRA(r=2, targets="all-linear"),
     ("mamba", "gralora"): lambda: inlay.GraLoRA(r=4, targets=["in_proj", "out_proj"]),
+    # Attention that is the base's own, or holds a table of distances; none at all.
+    ("bloom", "selective"): lambda: inlay.Selective(select="attention of first 1; norms"),
+    ("t5", "selective"): lambda: inlay.Selective(select="mlp of first 1; norms"),
+    ("mamba", "selective"): lambda: inlay.Selective(select="norms"),
+    # Tables of positions are looked up for all rows at once; others hold parameters of other kinds.
+    **{
+        (name, "full"): lambda: inlay.Full(targets="all-linear")
+        for name in ("gpt2", "opt", "bert", "roberta", "t5", "vit", "mamba", "qwen3_moe")
+    },
 }
-REFUSED = {"mamba": {"short", "long"}, "vit": {"prompt"}}
+REFUSED = {
+    "mamba": {"short", "long", "unmoved", "gated_prefix", "llama_adapter", "unipelt"},
+    "t5": {"unmoved", "unipelt", "alora"},
+    "vit": {"alora", "tokens", "prompt", "mlp", "lstm", "multitask"},
+    **{name: {"llama_adapter"} for name in ("phi3", "gpt_neox")},
+    "bloom": {"unmoved", "llama_adapter", "unipelt"},
+}
 # BLOOM's softmax is always float32 and turns float64's mask values into infinity, so that padding in front of a row
 # gives NaN in the plain model already: there it is tried in float32.
 LOOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -83,7 +124,10 @@ def lengths_of(rows):
 
 def ids_of(rows):
     torch.manual_seed(1)
-    return [torch.randint(3, 48, (1, n)) for n in lengths_of(rows)]
+    pieces = [torch.randint(3, 48, (1, n)) for n in lengths_of(rows)]
+    for piece in pieces:
+        piece[0, 1] = 5  # which switches aLoRA on
+    return pieces
 
 
 def run(bank, name, ids, mask=None):
@@ -168,7 +212,7 @@ def test_a_padded_row_never_sees_its_neighbours(name, side):
 def touches_positions(bank, row):
     names = [row] if isinstance(row, str) else list(row or ())
     methods = [bank.adapters[n].method for n in names]
-    return any(m.prefix_length or m.virtual_length for m in methods)
+    return any((m.prefix_length and m.moves_positions) or m.virtual_length for m in methods)
 
 
 PACKS = [name for name in ZOO if name not in ("bloom", "t5", "vit", "mamba", "roberta")] + ["roberta"]

@@ -130,8 +130,8 @@ def test_a_torch_file_of_tensors_loads(saved):
 
 def test_settings_that_have_no_equivalent_are_refused(saved):
     config = json.loads((saved / "adapter_config.json").read_text())
-    (saved / "adapter_config.json").write_text(json.dumps(config | {"lora_bias": True}))
-    with pytest.raises(FormatError, match="lora_bias"):
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"use_qalora": True}))
+    with pytest.raises(FormatError, match="use_qalora"):
         inlay.attach(make("llama")).load("a", saved)
 
 

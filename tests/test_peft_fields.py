@@ -29,6 +29,7 @@ IDS = torch.randint(3, 48, (2, 6), generator=torch.Generator().manual_seed(1))
 SIZES = dict(num_layers=2, task_type="CAUSAL_LM")
 USUAL = {
     "LORA": dict(r=2, target_modules=["q_proj", "v_proj"]),
+    "ADALORA": dict(target_r=1, init_r=2, total_step=9, target_modules=["q_proj", "v_proj"]),
     "IA3": dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "VERA": dict(r=2, target_modules=["q_proj", "o_proj"]),
     "LOHA": dict(r=2, **(PAIR := dict(target_modules=["q_proj", "v_proj"]))),
@@ -44,9 +45,13 @@ USUAL = {
     "C3A": dict(block_size=8, **PAIR),
     "GRALORA": dict(r=4, **PAIR),
     "SHIRA": dict(r=2, random_seed=3, **PAIR),
+    "TRAINABLE_TOKENS": dict(token_indices=[5, 9]),
     "LN_TUNING": dict(target_modules=["input_layernorm", "norm"]),
     "PREFIX_TUNING": dict(num_virtual_tokens=2, token_dim=8, num_attention_heads=2, **SIZES),
-    "PROMPT_TUNING": dict(num_virtual_tokens=2, token_dim=16, num_attention_heads=4, **SIZES),
+    "PROMPT_TUNING": (PROMPT := dict(num_virtual_tokens=2, token_dim=16, num_attention_heads=4, **SIZES)),
+    "P_TUNING": PROMPT,
+    "MULTITASK_PROMPT_TUNING": PROMPT,
+    "ADAPTION_PROMPT": dict(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
 }
 TEXT = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Say:", "tokenizer_name_or_path": "some/base"}
 WITH = {
@@ -63,8 +68,9 @@ CONFIGS = {t.name: kind for t, kind in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.
 NEAR = {"rtol": 1e-4, "atol": 3e-5}
 
 
-def base(name=""):
-    return make("qwen3_moe" if name == "target_parameters" else "qwen2", dtype=torch.float32)
+def base(name="", kind=""):
+    other = {"target_parameters": "qwen3_moe"}.get(name, "qwen2")
+    return make("llama" if kind == "ADAPTION_PROMPT" else other, dtype=torch.float32)
 
 
 def needed(kind, name):
@@ -74,7 +80,7 @@ def needed(kind, name):
 def saved(kind, folder, name="", **fields):
     """An adapter of the reference's, with random parameters; its logits, without those of virtual tokens."""
     config = CONFIGS[kind](**{**USUAL[kind], **needed(kind, name), **fields})
-    model = peft.get_peft_model(base(name), config).eval()
+    model = peft.get_peft_model(base(name, kind), config).eval()
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,12 +91,16 @@ def saved(kind, folder, name="", **fields):
 
 
 def there(folder, name=""):
-    return peft.PeftModel.from_pretrained(base(name), folder).eval()(input_ids=IDS).logits[:, -IDS.shape[1] :]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    more = {"task_ids": torch.zeros(len(IDS), dtype=torch.long)} if "num_tasks" in config else {}
+    model = peft.PeftModel.from_pretrained(base(name, config["peft_type"]), folder).eval()
+    return model(input_ids=IDS, **more).logits[:, -IDS.shape[1] :]
 
 
 def here(folder, name=""):
-    bank = inlay.attach(base(name))
-    bank.load("a", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    bank = inlay.attach(base(name, config["peft_type"]))
+    bank.load("a", folder, task=0 if "num_tasks" in config else None)
     bank.set("a")
     return bank.model(input_ids=IDS).logits
 

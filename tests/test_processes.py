@@ -88,11 +88,11 @@ def test_gradients_and_updates_are_those_of_one_process(tmp_path):
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
-def test_a_run_of_inlays_own_is_one_process(monkeypatch, tmp_path):
+def test_a_run_whose_other_processes_nobody_can_find_is_refused(monkeypatch, tmp_path):
     from inlay.runs.run import run
     from inlay.runs.settings import Settings
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match=r"2 processes were started .* one run is one process"):
+    with pytest.raises(UsageError, match=r"2 processes were started .* RANK, MASTER_ADDR, MASTER_PORT is not set"):
         run(Settings(data=["none.csv"], out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from sweep.laws import LAWS, cells_of
 from sweep.report import matrix, sentences, summary, worse, write_page
 from sweep.run import Job, run_all
 from sweep.store import Store
-from sweep.verdicts import BaseFails, Cell, Different, apart, verdict_of
+from sweep.verdicts import LATE, BaseFails, Cell, Different, apart, verdict_of
 from torch import nn
 
 from inlay.errors import UsageError
@@ -130,6 +131,13 @@ def test_a_process_that_dies_is_a_cell_and_the_type_goes_on(tmp_path, monkeypatc
     assert again.missing("causal", "llama", ["lora"], ["nan"]) == ["nan"]
 
 
+def test_no_type_starts_when_the_time_is_over(tmp_path):
+    store = Store(tmp_path / "cells.jsonl")
+    jobs = [Job("causal", name, ("lora",), ("merge",)) for name in ("llama", "gpt2")]
+    assert run_all(jobs, store, 1, 60, lambda job, waiting: None, seconds=0) == 2
+    assert store.cells == {}
+
+
 def options(**more):
     plain = {"device": "cpu", "types": "", "use": "", "methods": "", "laws": "", "table": False, "part": ""}
     return SimpleNamespace(**{**plain, **more})
@@ -152,4 +160,7 @@ def test_the_matrix_counts_methods_and_lists_sentences(cells, tmp_path):
     write_page(tmp_path / "page.md", cells)
     sick = Cell("causal", "llama", "lora", "merge", "raw", "KeyError")
     assert worse(tmp_path / "page.md", [*cells, sick]) == [sick]
+    assert worse(tmp_path / "page.md", [*cells, replace(sick, note=LATE), replace(sick, type_name="new")]) == []
+    lost = [replace(c, status="refused") if c.status == "right" and c.law == "mixed" else c for c in cells]
+    assert {(c.law, c.status) for c in worse(tmp_path / "page.md", lost)} == {("mixed", "refused")}
     assert summary(cells).startswith("1 model types in 1 uses (of 1 tried); 5 cells: 3 right")

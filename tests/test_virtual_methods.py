@@ -13,16 +13,18 @@ from safetensors.torch import load_file
 import inlay
 from inlay.batch.noise import Noise
 from inlay.errors import FormatError, UsageError
-from inlay.methods.table import METHODS
-from test_training import examples, same
+from inlay.runs.run import run
 from inlay.runtime.memory import TokenBudget
+from inlay.sites.keys import keys_and_values
 from inlay.training.loop import add_learners, train_steps
 from inlay.training.plan import Plan
+from test_crash import broken_off, content, reviews, settings  # noqa: F401
+from test_training import examples, same
 from zoo import make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXACT = {"rtol": 0, "atol": 1e-9}
-SINGLE = {"rtol": 1e-5, "atol": 1e-5}
+SINGLE = {"rtol": 1e-4, "atol": 1e-4}  # the reference holds virtual tokens in float32
 IDS = torch.randint(3, 48, (2, 7), generator=torch.Generator().manual_seed(1))
 TEXT = [5, 9, 22, 31]
 CAUSAL = ["llama", "qwen3", "gpt2"]
@@ -41,7 +43,8 @@ def task_of(name):
 
 
 def more_of(name):
-    return {"decoder_input_ids": IDS.flip(1)[:, :5]} if name == "t5" else {}
+    ids = torch.cat([torch.zeros(len(IDS), 1, dtype=torch.long), IDS.flip(1)[:, :4]], 1)
+    return {"decoder_input_ids": ids} if name == "t5" else {}
 
 
 def ours(bank, name, row="a"):
@@ -73,7 +76,9 @@ def test_a_prefix_that_starts_as_a_text_is_that_text_before_each_row(name):
 
 def test_a_text_start_is_the_references():
     for name in ("llama", "gpt2"):
-        reference = peft.get_peft_model(make(name), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+        reference = peft.get_peft_model(
+            make(name), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        )
         cache = make(name)(input_ids=torch.tensor([TEXT]), use_cache=True).past_key_values
         expected = peft.initialize_kv_prefix_from_past_key_values(reference, past_key_values=cache)
         bank = inlay.attach(make(name))
@@ -97,12 +102,14 @@ def test_starts_are_drawn_from_the_seed_and_differ():
     bank = inlay.attach(make("llama"))
     made = {}
     for init in ("random", "zero", "vocab"):
-        made[init] = [bank.add(f"{init}{n}", inlay.PrefixTuning(4, init=init), seed=n).params[""]["prefix"] for n in (1, 2)]
+        made[init] = [
+            bank.add(f"{init}{n}", inlay.PrefixTuning(4, init=init), seed=n).params[""]["prefix"] for n in (1, 2)
+        ]
     assert not torch.equal(*made["random"]) and not torch.equal(*made["vocab"])
     assert all(float(start.abs().max()) == 0 for start in made["zero"])
     again = bank.add("again", inlay.PrefixTuning(4, init="SAMPLE_VOCAB"), seed=2).params[""]["prefix"]
     assert torch.equal(again, made["vocab"][1])
-    zero = bank.add("z", inlay.PrefixTuning(4, True, init="zero", encoder_hidden_size=3), seed=1)
+    zero = bank.add("z", inlay.PrefixTuning(4, "zero", prefix_projection=True, encoder_hidden_size=3), seed=1)
     assert float(zero.method.derive(zero.params[""], None)["prefix"].abs().max()) == 0
 
 
@@ -201,8 +208,10 @@ def with_equal_values(bank, method, reference):
     return adapter.params[""], named
 
 
-@pytest.mark.parametrize("network", list(NETWORKS))
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [("llama", "one"), *((name, n) for name in ("llama", "qwen3", "gpt2", "bert", "t5") for n in ("mlp", "lstm"))],
+)
 def test_p_tuning_is_the_references_with_its_gradients(name, network, tmp_path):
     reference, bank = p_tuned(name, network), inlay.attach(make(name))
     blocks = {"submodules": 2} if name == "t5" else {}
@@ -261,14 +270,18 @@ def multitask(name, tasks=3, ranks=2, **more):
 
 
 def of_task(model, name, task):
-    return theirs(model, name, task_ids=torch.full((len(IDS),), task))
+    more = {"task_ids": torch.full((len(IDS),), task)}
+    if name != "t5":
+        return theirs(model, name, **more)
+    more["labels"] = torch.cat([more_of(name)["decoder_input_ids"][:, 1:], IDS[:, :1]], 1)  # it takes no decoder's ids
+    return model(input_ids=IDS, attention_mask=torch.ones_like(IDS), **more).logits
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "t5"])
 def test_each_task_of_a_multitask_prompt_is_an_adapter(name, tmp_path):
     reference, bank = multitask(name), inlay.attach(make(name))
     reference.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(FormatError, match=r"3 tasks.*task=0"):
+    with pytest.raises(FormatError, match=r"3 tasks share.*task=0"):
         bank.load("a", tmp_path / "theirs")
     for task in range(3):
         own = f"task{task}"
@@ -296,7 +309,9 @@ def test_a_multitask_prompt_has_the_references_gradients():
     randomise(adapter.parameters())
     ends = {"P": "embedding.weight", "U": "prefix_task_cols", "V": "prefix_task_rows"}
     named = {key: p for key, p in reference.named_parameters() if p.requires_grad}
-    pairs = [(value, next(p for k, p in named.items() if k.endswith(ends[n]))) for n, value in adapter.params[""].items()]
+    pairs = [
+        (value, next(p for k, p in named.items() if k.endswith(ends[n]))) for n, value in adapter.params[""].items()
+    ]
     with torch.no_grad():
         for value, other in pairs:
             other.copy_(value)
@@ -369,10 +384,10 @@ def test_llama_adapter_starts_as_the_base_and_writes_what_the_reference_writes(n
     bank.load("a", tmp_path)
     mask = torch.ones_like(IDS)
     mask[0, :2] = 0
-    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
-    expected = reference.generate(input_ids=IDS, attention_mask=mask, **settings)
+    greedy = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    expected = reference.generate(input_ids=IDS, attention_mask=mask, **greedy)
     with bank.route(["a", "a"]):
-        assert torch.equal(bank.model.generate(input_ids=IDS, attention_mask=mask, **settings), expected)
+        assert torch.equal(bank.model.generate(input_ids=IDS, attention_mask=mask, **greedy), expected)
 
 
 def test_bases_whose_keys_cannot_be_told_are_named():
@@ -390,45 +405,64 @@ def test_keys_of_prompts_are_normed_as_the_bases_own(name):
     bank = inlay.attach(make(name))
     adapter = bank.add("a", inlay.LlamaAdapter(adapter_len=1), seed=1)
     site = next(iter(adapter.sites.values()))
-    states, seen = [], {}
-    from inlay.sites.attention import watch, witnessed_by
-
+    states = []
     handle = site.module.register_forward_pre_hook(
         lambda module, args, kwargs: states.append(kwargs.get("hidden_states", args[0] if args else None)),
         with_kwargs=True,
     )
-    with witnessed_by(lambda module, qkv: seen.setdefault(module, qkv)):
-        bank.model(input_ids=IDS[:1])
+    with bank.alone():
+        keys, values = keys_and_values(bank.base, IDS[0])[site.module]
     handle.remove()
     made = adapter.method.derive({"P": states[0][0, :1]}, site)
-    torch.testing.assert_close(made["K"], seen[site.module][1][0, :, :1], **EXACT)
-    torch.testing.assert_close(made["V"], seen[site.module][2][0, :, :1], **EXACT)
+    torch.testing.assert_close(made["K"], keys[:, :1], **EXACT)
+    torch.testing.assert_close(made["V"], values[:, :1], **EXACT)
 
 
 # ---- training
 
 PLANS = [
-    Plan("vocab", inlay.PrefixTuning(3, init="vocab", gated=True), lr=1e-2, batch_size=3, steps=4, seed=1),
-    Plan("mlp", inlay.PTuning(3, encoder_hidden_size=4), lr=1e-2, batch_size=4, steps=4, seed=2),
+    Plan("vocab", inlay.PrefixTuning(3, init="vocab", gated=True), lr=1e-2, batch_size=3, steps=2, seed=1),
+    Plan("mlp", inlay.PTuning(3, encoder_hidden_size=4), lr=1e-2, batch_size=4, steps=2, seed=2),
     Plan(
         "lstm", inlay.PTuning(2, encoder_reparameterization_type="LSTM", encoder_hidden_size=4, encoder_dropout=0.3),
-        lr=1e-2, batch_size=2, steps=4, seed=3,
+        lr=1e-2, batch_size=2, steps=2, seed=3,
     ),
-    Plan("multitask", inlay.MultitaskPromptTuning(3, init="vocab"), lr=1e-1, batch_size=4, steps=4, seed=4),
-    Plan("adapter", inlay.LlamaAdapter(3), lr=1e-1, batch_size=3, steps=4, seed=5),
+    Plan("multitask", inlay.MultitaskPromptTuning(3, init="vocab"), lr=1e-1, batch_size=4, steps=2, seed=4),
+    Plan("adapter", inlay.LlamaAdapter(3), lr=1e-1, batch_size=3, steps=2, seed=5),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_learners_together_equal_their_solo_runs(name):
-    bank = inlay.attach(make(name))
-    for _ in train_steps(bank, add_learners(bank, PLANS, 24), examples(), TokenBudget(40)):
+def test_learners_together_equal_their_solo_runs():
+    bank = inlay.attach(make("llama"))
+    for _ in train_steps(bank, add_learners(bank, PLANS, 24), examples(), TokenBudget(80)):
         pass
     for plan in PLANS:
-        solo = inlay.attach(make(name))
+        solo = inlay.attach(make("llama"))
         for _ in train_steps(solo, add_learners(solo, [plan], 24), examples(), TokenBudget(4096)):
             pass
         same(bank, solo, plan.name, 1e-8)
         fresh = solo.add("fresh", plan.method, seed=plan.seed)
         moved = zip(fresh.parameters(), solo.parameters(plan.name), strict=True)
         assert any(not torch.equal(start, end) for start, end in moved)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings_of"),
+    [
+        ("prefix", {"init_text": "a good film", "num_virtual_tokens": 3, "gated": True}),
+        ("ptuning", {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 4, "encoder_dropout": 0.3}),
+        ("multitask", {"init_text": "a good film", "num_ranks": 2}),
+        ("llama_adapter", {"adapter_len": 3}),
+    ],
+)
+def test_a_run_resumes_byte_for_byte(method, settings_of, base_folder, reviews, tmp_path):  # noqa: F811
+    given = {"method": method, "set": settings_of, "steps": 4, "eval_every": 4}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        run(settings(base_folder, reviews, tmp_path / "whole", **given), on_message=lambda line: None)
+        broken_off(base_folder, reviews, tmp_path / "cut", after=2, **given)
+        run(settings(base_folder, reviews, tmp_path / "cut", resume=True, **given), on_message=lambda line: None)
+    finally:
+        torch.set_num_threads(threads)
+    assert content(tmp_path / "whole") == content(tmp_path / "cut")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import transformers as tf
 
+from inlay.methods.over import Over
+from inlay.methods.table import METHODS
+
 SMALL = dict(
     vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -173,5 +176,14 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> tf.Pre
 FITTING = {
     "bitfit": {"add_bias": True}, "miss": {"r": 4}, "hira": {"r": 2}, "road": {"group_size": 8}, "randlora": {"r": 4},
     "c3a": {"block_size": 8}, "gralora": {"r": 4}, "shira": {"r": 2},
+    "selective": {"select": "attention of last 1; norms"}, "trained_tokens": {"token_indices": [*range(3, 48)]},
+    "full": {"targets": "all-linear"}, "merged_lora": {"enable_lora": [True, False], "targets": "all-linear"},
+    "alora": {"alora_invocation_tokens": [5]},
 }  # fmt: skip
 """By the name of a method: settings that fit such bases, where its defaults are for wider ones or for biases."""
+
+REFUSED = {"t5": {"unmoved_prefix", "gated_prefix", "unipelt", "alora"}}
+"""By the name of a base: methods that have no place there, and say so."""
+
+ALONE = [name for name, kind in METHODS.items() if kind.over is Over.over]
+"""Names of the methods that need no other adapter."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.batch.forward import Forward
+from inlay.batch.layout import Unit
 from inlay.batch.noise import Dropper
 from inlay.batch.partition import in_order
 from inlay.batch.route import Route
@@ -19,6 +20,7 @@ from inlay.errors import UsageError
 from inlay.methods.contract import LinearForm, Site
 
 from .adapter import Adapter
+from .invoking import behind_sequence
 from .plan import Act, SitePlan
 
 __all__ = ["Scope", "act_in_turn", "input_scales", "scaled_input", "unseen"]
@@ -118,6 +120,57 @@ class ShareTokens:
             return dropper.normal(like)
         return None if dropper is None else torch.randn_like(like)
 
+    def chance(self, like: Tensor, of_step: bool = False) -> Tensor | None:
+        dropper = self._scope.dropper(self._act, self._number, self._vectors)
+        if dropper is None or isinstance(dropper, Dropper):
+            return None if dropper is None else dropper.chance(like, of_step)
+        if of_step:
+            what = f"{self._act.part.method.title} draws by the step, and nothing says which step this is"
+            raise UsageError(what, "Train it in Inlay's loop, or route it with `noise`.")
+        counts = [count for *_, count in self._units]
+        return torch.rand(len(counts), 1, device=like.device).repeat_interleave(torch.tensor(counts).to(like.device), 0)
+
+    @property
+    def _units(self) -> Sequence[Unit]:
+        """The rows or segments of the share."""
+        layout = self._scope.layout
+        return layout.samples(layout.partition.shares[self._number].members, self._vectors // layout.partition.total)
+
+    def behind(self, sequence: Sequence[int]) -> Tensor:
+        layout = getattr(self._scope.layout, "layout", self._scope.layout)
+        ids, spans = getattr(layout, "ids", None), self._scope.spans(self._number, self._vectors)
+        told = ids is not None and ids.numel() == self._vectors and self._scope.layout.positions() is not None
+        own = taken(ids.flatten(), spans) if told and ids is not None else None
+        spot = "behind", tuple(sequence), self._act.part, self._number
+        counts = [count for *_, count in self._units]
+        return behind_sequence(layout, self._scope.cache, spot, sequence, own, self.position, counts)
+
+    def prompt_mean(self, x: Tensor) -> Tensor:
+        counts = torch.tensor([count for *_, count in self._units])
+        row = torch.arange(len(counts)).repeat_interleave(counts).to(x.device)
+        position, last = self.position.to(x.device), self.length.to(x.device).clamp(min=1) - 1
+        inside = (position >= 0) & (position <= last)
+        cache, spot = self._scope.cache, ("prompt mean", self._act.part, self._scope.site.path, self._number)
+        layout = getattr(self._scope.layout, "layout", self._scope.layout)
+        if not getattr(layout, "continued", False):
+            whole = _summed((position == last)[:, None], row, len(counts)) > 0
+            complete = bool((whole | (_summed((position >= 0)[:, None], row, len(counts)) == 0)).all())
+            exact = x if x.dtype == torch.float64 else x.float()  # sums of many tokens need more digits than x has
+            total = _summed(torch.where(inside[:, None], exact, 0), row, len(counts))
+            cache[spot] = (total / _summed(inside[:, None], row, len(counts)).clamp(min=1)).to(x.dtype)
+        else:
+            complete = spot in cache and not bool(inside.any())
+        if not complete:
+            what = f"{self._act.part.method.title} takes the mean of a row's prompt, which is not here as a whole"
+            raise UsageError(what, "Run each prompt in one call, and go on from the cache that it filled.")
+        return cache[spot][row]
+
+
+def _summed(x: Tensor, row: Tensor, rows: int) -> Tensor:
+    """The sums (rows, width) of x (n, width) over the tokens of each row."""
+    x = x if x.is_floating_point() else x.long()
+    return x.new_zeros(rows, x.shape[1]).index_add(0, row, x)
+
 
 def taken(tensor: Tensor, spans: Spans) -> Tensor:
     """The spans of dimension 0, one behind the other."""
@@ -155,24 +208,29 @@ def _chained(
         scope.lay_out([act.adapter], y.dtype)
         tokens = ShareTokens(scope, act, number, vectors)
         start = out if act.weight is None else y
-        seen = stream if site.kind == "sublayer" else x
+        seen = stream if site.kind in ("sublayer", "attended") else x
         if seen is None:
             raise unseen(site)
-        method = act.part.method
+        method, params = act.part.method, act.params(site.path, y.dtype, scope.cache)
         if method.has_form():
-            form = act.part.form(site.path, y.dtype, scope.cache)
+            form = method.form(params, site).cast(y.dtype)
             dropped = seen if site.is_embedding else tokens.dropout(seen, method.form_dropout())  # ids have no shares
             new = applied(form, site, dropped, seen, start)
+        elif method.uses:
+            made = [_chained(used, scope, number, x, stream, start, vectors) for used in act.over]
+            new = method.fuse(params, seen, start, made, site, tokens)
         else:
-            new = method.output(act.part.at(site.path, y.dtype, scope.cache), seen, start, site, tokens)
+            new = method.output(params, seen, start, site, tokens)
         out = new if act.weight is None else out + act.weight * (new - y)
     return out
 
 
 def unseen(site: Site) -> UsageError:
-    """What to raise at a sublayer whose residual stream no hook has seen."""
+    """What to raise at a sublayer whose residual stream no hook has seen, or at attention whose queries none has."""
+    what = "the queries of" if site.kind == "attended" else "what"
+    adds = "were" if site.kind == "attended" else "adds to was"
     return UsageError(
-        f"what {site.path} adds to was not seen in this forward", "Choose other layers, or a method without it."
+        f"{what} {site.path} {adds} not seen in this forward", "Choose other layers, or a method without it."
     )
 
 
@@ -207,11 +265,24 @@ def input_scales(plan: SitePlan, scope: Scope, dtype: torch.dtype) -> dict[int, 
 
 
 def scaled_input(plan: SitePlan, scope: Scope, x: Tensor) -> Tensor:
-    """x, of whatever shape, with the shares of the plan's `scaled` multiplied by the input scales of their forms."""
+    """x, of whatever shape, with the shares of the plan's `scaled` multiplied by the input scales of their forms, and
+    changed by the methods that have an `input`."""
     flat, scales = scope.layout.to_units(x, x.shape[-1]), input_scales(plan, scope, x.dtype)
+    changing = {n: act for n, acts in plan.scaled for act in acts if act.part.method.has("input")}
     pieces = []
     for number in range(len(scope.layout.partition.shares)):
-        for start, stop in scope.spans(number, len(flat)):
-            piece = flat[start:stop]
-            pieces.append((start, piece * scales[number] if number in scales else piece))
+        spans = scope.spans(number, len(flat))
+        own = [flat[start:stop] * scales[number] if number in scales else flat[start:stop] for start, stop in spans]
+        if number in changing and own:
+            whole = own[0] if len(own) == 1 else torch.cat(own)
+            own = _changed(changing[number], scope, number, whole, len(flat)).split([len(piece) for piece in own])
+        pieces += [(start, piece) for (start, _), piece in zip(spans, own, strict=True)]
     return scope.layout.from_units(in_order(pieces), x)
+
+
+def _changed(act: Act, scope: Scope, number: int, x: Tensor, vectors: int) -> Tensor:
+    """x (n, in) of a share, as a method with an `input` has the module read it."""
+    params = act.part.at(scope.site.path, x.dtype, scope.cache)
+    tokens = ShareTokens(scope, act, number, vectors)
+    made = act.part.method.input(params, x, act.part.sites[scope.site.path], tokens)
+    return made if act.weight is None else x + act.weight * (made - x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from inlay.formats.peft import CONSTANTS
 from inlay.methods.contract import LinearForm, Method, Params, Site, Structure
 
 from .flat import Flat, Key, whole_parameters
+from .starting import Rows, begin_from_rows
 
 __all__ = ["Adapter", "Part"]
 
@@ -30,7 +31,11 @@ class Part:
     def __init__(self, method: Method, index: int, sites: Sequence[Site], params: dict[str, dict[str, nn.Parameter]]):
         self.method, self.index, self.params = method, index, params
         self.sites: dict[str, Site] = {site.path: site for site in sites}
-        self.order: dict[nn.Module, tuple[Site, int]] = {site.module: (site, i) for i, site in enumerate(sites)}
+        turns = {site.path: i for i, site in enumerate(sites)}
+        found = [turns.get(site.keys_of, i) for i, site in enumerate(sites)]  # keys read again have their prefix there
+        self.order: dict[nn.Module, tuple[Site, int]] = {
+            s.module: (sites[n], n) for s, n in zip(sites, found, strict=True)
+        }
         self.constants: Mapping[str, Tensor] = {}
 
     @property
@@ -61,8 +66,13 @@ class Part:
             return self._trained(path, dtype, cache)
         spot = self, path, dtype
         if spot not in cache:
-            cache[spot] = self._derived(path, self._cast(path, dtype, cache))
+            own = {**self._seen(path, dtype, cache), **self._cast(path, dtype, cache)}
+            cache[spot] = self._derived(path, own)
         return cache[spot]
+
+    def draw(self, dropout: Callable[[Tensor, float], Tensor] | None) -> Params:
+        """What a step of training draws for what the sites share; nothing where there is no `dropout`."""
+        return {} if dropout is None else self.method.draw(self.params[""], dropout)
 
     def form(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> LinearForm:
         return self.method.form(self.at(path, dtype, cache), self.sites[path]).cast(dtype)
@@ -74,17 +84,26 @@ class Part:
         whole = cache.get(("whole", self, dtype))
         own = self._cast(path, dtype, cache, trained=whole is None)
         own = own if whole is None else {**own, **whole.get(path, {})}
-        made = self._derived(path, own)
+        drawn: Params = {} if path else cache.get(("drawn", self), {})
+        made = self._derived(path, {**self._seen(path, dtype, cache), **own, **drawn})
         if not path:
             cache["shared", self] = made
         return made
+
+    def _seen(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> Params:
+        """What all sites share, as the site at `path` sees it."""
+        if not path or not self.shared:
+            return {}
+        shared = self.at("", None if ("shared", self) in cache else dtype, cache)
+        kept = self.method.exact if dtype is not None else shared
+        return {name: v if name in kept or not v.is_floating_point() else v.to(dtype) for name, v in shared.items()}
 
     def _cast(
         self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any], trained: bool = True
     ) -> dict[str, Tensor]:
         """Constants and parameters; without `trained`, only those of them that are not."""
         found = {name: p for name, p in self.params.get(path, {}).items() if trained or not p.requires_grad}
-        kept = self.method.uncast if dtype is not None else found
+        kept = self.method.exact if dtype is not None else found
         own = {name: p if name in kept else p.to(dtype) for name, p in found.items()}
         return {**self._constants(dtype, cache), **own}
 
@@ -104,26 +123,37 @@ class Part:
 
 class Adapter:
     """An adapter `name` of `parts`. `seed` sets its start and its dropout. While it is trained as few flat tensors,
-    `flats` holds them all. `grouped` is whether an optimizer was given its parameters by their rates."""
+    `flats` holds them all. `grouped` is whether an optimizer was given its parameters by their rates; `chosen` whether
+    rows of data have changed its methods' settings."""
 
     def __init__(self, name: str, parts: Sequence[Part], seed: int) -> None:
         self.name, self.parts, self.seed = name, list(parts), seed
         self.flats: Sequence[Flat] = ()
-        self.grouped = False
+        self.grouped = self.chosen = False
 
     @classmethod
-    def fresh(cls, name: str, methods: Sequence[Method], base: Structure, seed: int) -> Adapter:
-        """New parameters for `methods`, drawn from `seed`. Raises: UsageError where two of them write to one place."""
+    def fresh(
+        cls, name: str, methods: Sequence[Method], base: Structure, seed: int, rows: Rows | None = None
+    ) -> Adapter:
+        """New parameters for `methods`, drawn from `seed` or found in `rows`. Raises: UsageError where two of them
+        write to one place, or rows are lacking."""
         generator = torch.Generator().manual_seed(seed)
         parts = []
         for index, method in enumerate(methods):
             sites = method.sites(base)
-            created = {site.path: method.create(site, generator) for site in sites}
+            if method.start_rows:
+                method, created = begin_from_rows(method, sites, base.model, rows, generator)
+                sites = method.sites(base)
+            else:
+                created = {site.path: method.create(site, generator) for site in sites}
             created[""] = method.shared(sites, generator)
-            filled = {path: values for path, values in created.items() if values}
+            begun = method.begin_at_base(created, sites, base, generator)
+            filled = {path: values for path, values in begun.items() if values}
             parts.append(Part(method, index, sites, _parameters(method, filled, base)))
         _check_apart(name, parts)
-        return cls(name, parts, seed)
+        made = cls(name, parts, seed)
+        made.chosen = any(method.start_rows for method in methods)
+        return made
 
     @classmethod
     def of(cls, name: str, stored: Sequence[tuple[Method, Values]], base: Structure) -> Adapter:
@@ -172,6 +202,11 @@ class Adapter:
         return self.parts[0].method
 
     @property
+    def uses(self) -> set[str]:
+        """The names of other adapters that its methods are over."""
+        return {name for part in self.parts for name in part.method.uses}
+
+    @property
     def methods(self) -> list[Method]:
         return [part.method for part in self.parts]
 
@@ -188,6 +223,11 @@ class Adapter:
     def prefix_length(self) -> int:
         return sum(part.method.prefix_length for part in self.parts)
 
+    @property
+    def prefix_shift(self) -> int:
+        """By how much a prefix moves the positions of a row's own tokens."""
+        return sum(part.method.prefix_length for part in self.parts if part.method.moves_positions)
+
     # ---- trained as one tensor
 
     def lay_out(self, dtype: torch.dtype | None, cache: dict[Any, Any], together: Sequence[Adapter] = ()) -> None:
@@ -196,13 +236,13 @@ class Adapter:
         """
         adapters = [self, *together]
         wholes = whole_parameters([adapter.flats for adapter in adapters], dtype)
-        if any(part.method.uncast for part in self.parts):
+        if any(part.method.exact for part in self.parts):
             uncast = whole_parameters([adapter.flats for adapter in adapters], None)
         else:
             uncast = wholes
         for adapter, whole, exact in zip(adapters, wholes, uncast, strict=True):
             for part in adapter.parts:
-                kept = part.method.uncast
+                kept = part.method.exact
                 cache["whole", part, dtype] = {
                     path: {**whole[key], **{name: v for name, v in exact[key].items() if name in kept}}
                     for path, key in ((path, part.key(path)) for path in part.params)

@@ -26,8 +26,9 @@ from .hooks import Hook
 from .inside import Second, laid_out
 from .lookup import Lookup
 from .plan import SitePlan, plan_at
+from .prefix_gates import gating_hook
 from .sharing import forms_at, shared_low
-from .steps import Step, goes_on, input_rows, step_of
+from .steps import InputStep, Step, goes_on, input_step, step_of
 
 __all__ = ["SiteHooks"]
 
@@ -39,21 +40,26 @@ class SiteHooks:
         self.base, self.bank = base, bank
         self._users: dict[str, int] = {}  # path of a hooked module -> how many parts act there
         self._hooks: list[Hook | StandIn] = []
-        self._scaled: set[str] = set()  # paths of modules whose input some part has scaled
+        self._scaled: set[str] = set()  # paths of modules whose input some part scales or changes
         self._streams_watched = False
+        self._gated: set[nn.Module] = set()  # attention modules whose prefixes some part gates
+        self._blocks = {base.model.get_submodule(path) for path in base.blocks}
         self._mixtures: set[nn.Module] = set()  # whose forward has a stand-in
 
     def add(self, part: Part) -> None:
         for site in part.sites.values():
-            if site.kind in ("attention", "tokens"):
-                continue  # those act through the forward's layout, not through a module
+            if site.kind in ("attention", "tokens"):  # those act through the forward's layout, not through a module
+                if part.method.has("prefix_gates") and site.module not in self._gated:
+                    self._gated.add(site.module)
+                    self._hooks.append(gating_hook(site, self.bank.adapters, self.bank, self.base.observed))
+                continue
             if site.kind == "sublayer":
                 self._watch_streams()
             if site.path not in self._users:
                 self._users[site.path] = 0
                 self._hook(site)
             self._users[site.path] += 1
-            if part.method.scales_input(site):
+            if part.method.scales_input(site) or part.method.has("input"):
                 self._scaled.add(site.path)
 
     def forget(self, part: Part) -> None:
@@ -136,8 +142,8 @@ class SiteHooks:
             return None
         x, forward = first_tensor(args, kwargs), FORWARD.get()
         if x is not None and forward is not None and goes_on(forward, self.bank):
-            rows = self._input_rows(site, forward, x)
-            return None if rows is None else _with_first(args, kwargs, x, x * rows)
+            change = self._input_step(site, forward, x)
+            return None if change is None else self._reading(forward, module, args, kwargs, x, change(forward, x))
         found = None if x is None else self._scope(site, x)
         if x is None or found is None:
             return None
@@ -146,16 +152,25 @@ class SiteHooks:
         if scope.forward is not None and self._rides_along(plan, scope, module, changed):
             scope.forward.inputs[site.path] = changed
             return _with_first(args, kwargs, x, changed.detach())
-        return _with_first(args, kwargs, x, changed) if changed is not x else None
+        return self._reading(scope.forward, module, args, kwargs, x, changed) if changed is not x else None
+
+    def _reading(
+        self, forward: Forward | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor,
+        changed: Tensor,
+    ) -> Any:  # fmt: skip
+        """The arguments with `changed` for x; of a block, the streams that begin with x too."""
+        if forward is not None and module in self._blocks:
+            forward.streams.update({path: changed for path, stream in forward.streams.items() if stream is x})
+        return _with_first(args, kwargs, x, changed)
 
     def _after(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        y = out[0] if isinstance(out, tuple) else out
+        y = out[0] if isinstance(out, (tuple, list)) else out
         if not isinstance(y, Tensor) or not y.is_floating_point():
             return None
         forward = FORWARD.get()
         if forward is not None and goes_on(forward, self.bank) and (step := self._step(site, forward, y)) is not None:
             made = step(forward, first_tensor(args, kwargs), y, _fresh(module, y))
-            return made if not isinstance(out, tuple) else (made, *out[1:])
+            return _instead(out, made)
         found = self._scope(site, y)
         if found is None:
             return None
@@ -173,7 +188,7 @@ class SiteHooks:
             flat_x = None if x is None else scope.layout.to_units(x, width)
             flat = act_in_turn(plan, scope, flat_x, scope.layout.to_units(made, y.shape[-1]))
             made = scope.layout.from_units(flat, y)
-        return made if not isinstance(out, tuple) else (made, *out[1:])
+        return _instead(out, made)
 
     # ---- steps that go on from a cache
 
@@ -186,12 +201,12 @@ class SiteHooks:
             forward.cache[spot] = made
         return forward.cache[spot]
 
-    def _input_rows(self, site: Site, forward: Forward, x: Tensor) -> Tensor | None:
-        """What x is multiplied with before the module reads it."""
-        spot = "input rows", site.path, x.shape, x.dtype
+    def _input_step(self, site: Site, forward: Forward, x: Tensor) -> InputStep | None:
+        """What makes of x what the module reads."""
+        spot = "input step", site.path, x.shape, x.dtype
         if spot not in forward.cache:
             found = self._scope(site, x)
-            forward.cache[spot] = input_rows(*found, x) if found is not None and found[0].scaled else None
+            forward.cache[spot] = input_step(*found, x) if found is not None and found[0].scaled else None
         return forward.cache[spot]
 
     # ---- linear layers
@@ -254,6 +269,13 @@ def _with_first(
         tuple(changed if arg is x else arg for arg in args),
         {name: changed if value is x else value for name, value in kwargs.items()},
     )
+
+
+def _instead(out: Any, made: Tensor) -> Any:
+    """What a module gave, with `made` in the place of its first tensor."""
+    if isinstance(out, list):
+        return [made, *out[1:]]
+    return (made, *out[1:]) if isinstance(out, tuple) else made
 
 
 def _fresh(module: nn.Module, y: Tensor) -> Tensor | None:

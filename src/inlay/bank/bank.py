@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,28 @@ from inlay.batch.noise import Noise
 from inlay.batch.route import Blend, Route, RowSpec, normalise
 from inlay.errors import FormatError, UsageError
 from inlay.files import write_json
+from inlay.formats.adapterhub import write_adapterhub
+from inlay.formats.folders import read_folder
 from inlay.formats.loralib import read_loralib, write_loralib
 from inlay.formats.notes import NOTES, read_notes
-from inlay.formats.peft import read_peft, write_peft
+from inlay.formats.peft import write_peft
 from inlay.methods.contract import Method
 from inlay.sites.attention import unwatch, watch
 from inlay.sites.structure import find
 
 from .adapter import Adapter
 from .applying import SiteHooks
+from .combining import Combines
 from .entering import Entering
 from .fusing import Fusing
 from .lookup import Lookup
 from .merging import merged_parameters
-from .packing import isolates_segments, padding_invariant
-from .plain import NotCopied, mark_attached, not_compiled, peft_task, plain_model, unmark_attached
-from .rates import groups_of, warn_of_rates
+from .packing import isolates_segments, probes
+from .plain import mark_attached, not_compiled, peft_task, plain_model, unmark_attached
 from .recompute import recomputing, unbind_checkpoints
 from .routing import Opened
-from .tying import untie
+from .starting import Rows
+from .tying import check_untied, untie
 from .unchanged import Unchanged
 
 __all__ = ["Bank", "attach"]
@@ -50,7 +53,7 @@ def attach(model: nn.Module) -> Bank:
     return Bank(plain_model(model))
 
 
-class Bank(NotCopied):
+class Bank(Combines):
     """Adapters by name over one frozen base.
 
     The ordinary call `model(input_ids=..., attention_mask=...)` and `model.generate` follow the route in force. Routes
@@ -66,7 +69,7 @@ class Bank(NotCopied):
             _, backbones = self.base.observed, self.base.backbones
         _ = self.fingerprint  # so that the first adapter loads as fast as the next
         self._unchanged = Unchanged(model)
-        self._lookup = Lookup(self.adapters, partial(padding_invariant, self.base, self.alone))
+        self._lookup = Lookup(self.adapters, *probes(self.base, self.alone))
         self._fusing = Fusing(model, self.alone)
         self._sites = SiteHooks(self.base, self._lookup)
         self._entering = Entering(self.base, backbones, self._lookup, self._fusing.install, self._unchanged.check)
@@ -81,37 +84,44 @@ class Bank(NotCopied):
 
     # ---- adapters
 
-    def add(self, name: str, method: Method | Sequence[Method], seed: int | None = None) -> Adapter:
+    def add(
+        self, name: str, method: Method | Sequence[Method], seed: int | None = None, rows: Rows | None = None
+    ) -> Adapter:
         """Make a fresh adapter of one method, or of several as its parts; `seed` sets its start (without one, torch's
-        global generator does).
+        global generator does). `rows`, batches of the model's inputs, are for starts that come from data (LoRA's
+        `init`).
 
         Raises: UsageError where the name is taken, a method finds nothing to act on, or parts write to one place.
         """
         self._check_free(name)
         given = [method] if isinstance(method, Method) else list(method)
-        methods = [part for one in given for part in one.parts()]
+        methods = [self._over(part) for one in given for part in one.parts()]
         if not methods:
             raise UsageError(f"adapter {name!r} has no parts", "Give a method, or a list of methods.")
         start = int(torch.randint(2**31, ())) if seed is None else seed
         with self.alone():  # what looks at the base by running it must see the base alone
-            return self._keep(Adapter.fresh(name, methods, self.base, start))
+            return self._keep(Adapter.fresh(name, methods, self.base, start, rows))
 
     def load(
-        self, name: str, path: str | Path, alpha: float | None = None, enabled: Sequence[bool] | None = None
-    ) -> Adapter:
-        """Read an adapter from a folder that HF PEFT or Inlay wrote, from its run's folder, from the hub, or
-        from a file that holds a loralib state dict.
+        self, name: str, path: str | Path, alpha: float | None = None, enabled: Sequence[bool] | None = None,
+        task: int | None = None,
+    ) -> Adapter:  # fmt: skip
+        """Read an adapter from a folder that HF PEFT, AdapterHub or Inlay wrote, from its run's folder, from the
+        hub, or from a file that holds a loralib state dict.
 
         loralib's files do not say `alpha`, nor which parts of fused weights are `enabled`: they are said here.
-        Raises: FormatError naming missing, extra, misshapen or non-finite tensors; nothing is kept then.
+        `task` is the one that is meant of a multitask prompt's. Raises: FormatError naming missing, extra, misshapen or
+        non-finite tensors; nothing is kept then.
         """
         self._check_free(name)
         if Path(path).is_file():
+            if task is not None:
+                raise UsageError(f"{path} holds no prompt that several tasks share", "Leave task out.")
             return self._keep(Adapter.of(name, read_loralib(Path(path), self.base, alpha, enabled), self.base))
         if alpha is not None or enabled is not None:
             raise UsageError(f"{path} says its alpha itself", "Leave alpha and enabled out.")
         folder = adapter_folder(path)
-        stored = read_peft(folder, self.base)
+        stored = read_folder(folder, self.base, task)
         trained_on = read_notes(folder).fingerprint
         if trained_on is not None and not same_base(trained_on, self.fingerprint):
             raise FormatError(
@@ -119,7 +129,7 @@ class Bank(NotCopied):
                 "Name the base it was trained on.",
             )
         with self.alone():
-            return self._keep(Adapter.of(name, stored, self.base))
+            return self._keep(Adapter.of(name, [(self._over(own), values) for own, values in stored], self.base))
 
     def save(
         self,
@@ -131,17 +141,21 @@ class Bank(NotCopied):
     ) -> None:
         """Write an adapter to a folder: adapter_config.json and adapter_model.safetensors in HF PEFT's layout, and
         inlay.json, which names the base by its fingerprint and holds `notes` (the template, for one). The format
-        "loralib" writes a LoRA to one file; `enabled` says which parts of fused weights it adapts.
+        "adapterhub" writes AdapterHub's folder instead; "loralib" a LoRA to one file, where `enabled` says which parts
+        of fused weights it adapts. Raises: UsageError where a format has no place for the method.
         """
         adapter = self._named(name)
         self._unchanged.check()
-        if format not in ("peft", "loralib"):
-            raise UsageError(f"adapters cannot be saved as {format!r}", 'Formats: "peft", "loralib".')
+        if format not in ("peft", "adapterhub", "loralib"):
+            raise UsageError(f"adapters cannot be saved as {format!r}", 'Formats: "peft", "adapterhub", "loralib".')
         if format == "loralib":
             write_loralib(Path(path), adapter.parts, enabled)
             return
         base_name = "" if self._merged else str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
-        write_peft(Path(path), adapter.parts, self.base, base_name, peft_task(self.model, adapter.parts))
+        if format == "adapterhub":
+            write_adapterhub(Path(path), name, adapter.parts, self.base, base_name)
+        else:
+            write_peft(Path(path), adapter.parts, self.base, base_name, peft_task(self.model, adapter.parts))
         write_json(Path(path) / NOTES, {"base": base_name, "fingerprint": self.fingerprint, **(notes or {})})
 
     def remove(self, name: str) -> None:
@@ -149,40 +163,11 @@ class Bank(NotCopied):
         adapter = self._named(name)
         if self._lookup.routing.uses(name):
             raise UsageError(f"adapter {name!r} is in use by a route in force", "Leave the route first.")
+        if user := next((own.name for own in self.adapters.values() if name in own.uses), None):
+            raise UsageError(f"adapter {name!r} is used by {user!r}", f"Remove {user!r} first.")
         del self.adapters[name]
         for part in adapter.parts:
             self._sites.forget(part)
-
-    def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
-        """The trainable tensors of one adapter, or of all. Warns once of an adapter that wants several learning rates
-        (LoRA+ for one): an optimizer is to get its `parameter_groups`."""
-        for adapter in [self._named(name)] if name is not None else self.adapters.values():
-            warn_of_rates(adapter)
-            yield from adapter.parameters()
-
-    def parameter_groups(self, lr: float, name: str | None = None, **settings: Any) -> list[dict[str, Any]]:
-        """The trainable tensors of one adapter, or of all, as groups for a torch optimizer: each with its rate, that is
-        `lr` times what its method says (LoRA+), and with `settings` (`weight_decay` for one)."""
-        chosen = [self._named(name)] if name is not None else list(self.adapters.values())
-        return [group for adapter in chosen for group in groups_of(adapter, lr, settings)]
-
-    def _check_free(self, name: str) -> None:
-        self._unchanged.check()
-        if not isinstance(name, str) or not name:
-            raise UsageError(f"{name!r} is no name of an adapter", "Give a word.")
-        if name in self.adapters:
-            raise UsageError(f"an adapter called {name!r} is here already", "Choose another name or remove it first.")
-
-    def _named(self, name: str) -> Adapter:
-        normalise(name, self.adapters)
-        return self.adapters[name]
-
-    def _keep(self, adapter: Adapter) -> Adapter:
-        self.adapters[adapter.name] = adapter
-        for part in adapter.parts:
-            part.hold_constants(p for other in self.adapters.values() for p in other.parts if p is not part)
-            self._sites.add(part)
-        return adapter
 
     # ---- routes
 
@@ -271,15 +256,18 @@ class Bank(NotCopied):
     def merge(self, name: str) -> None:
         """Write an adapter into the base's weights for good, and forget it.
 
-        Raises: UsageError where its method has no equivalent weights, or the base's weights are quantized.
+        Raises: UsageError where its method has no equivalent weights, the base's weights are quantized, or it would
+        compute otherwise with tables that are no longer tied.
         """
         adapter = self._named(name)
         self._unchanged.check()
         merged = merged_parameters(adapter)
+        with self.alone():
+            check_untied(self.model, merged)
         self.remove(name)
         with torch.no_grad():
+            untie(self.model, merged)
             for module, key, value in merged:
-                untie(self.model, module, key)
                 getattr(module, key).copy_(value)
         self._merged = True
         self.__dict__.pop("fingerprint", None)  # another base from now on

@@ -157,7 +157,8 @@ def _cut(
     if sizes is None:
         if not count or vectors % count or (value.ndim > 2 and len(value) != count):
             shape = tuple(value.shape)
-            raise UsageError(f"at {site.path} {shape} does not hold the {count} images or sounds of the rows", REMEDY)
+            what = f"{site.path} is given {shape} for {count} images or sounds of the rows"
+            raise UsageError(f"{what}, and which part is whose cannot be told", REMEDY)
         return Behind(route, None, leads, None)
     total = sum(sizes)
     if any(size * vectors % total for size in sizes):

@@ -26,13 +26,11 @@ from .caches import check_cache, filled_under, tag_caches
 from .hooks import Hook, strip
 from .lookup import Lookup
 from .outside import Outside
+from .pooling import Pooling
 from .recompute import bind_checkpoints
 from .shifting import shifting_hooks
 
 __all__ = ["Entering"]
-
-POOLING = "ForSequenceClassification"
-"""The end of the names of models whose head reads a row's first state, unless it is a `score` of the last one."""
 
 
 class Entering:
@@ -48,7 +46,7 @@ class Entering:
     ) -> None:
         self.base, self.bank, self._on_training, self._check = base, bank, on_training, check
         self.last_virtual_predicts = getattr(base.model, "can_generate", bool)()
-        self.first_virtual_pools = type(base.model).__name__.endswith(POOLING) and not hasattr(base.model, "score")
+        self._pooling = Pooling(base, backbones)
         self._modules = {backbone.module: frozenset(backbone.module.modules()) for backbone in backbones}
         self._checkpointed = [m for m in base.model.modules() if hasattr(m, "gradient_checkpointing")]
         self._backbones = backbones
@@ -100,7 +98,7 @@ class Entering:
         around, asked = FORWARD.get(), given.get(backbone.cache) is not None
         if isinstance(layout, PaddedLayout) and around is not None and around.before is not None:
             layout.outer_mask = around.before.given.get("attention_mask")
-        given = layout.prepare(given)
+        given = layout.prepared(given)
         if backbone.part == "decoder" and not route.lengths:
             self._widen_cross_mask(given, route)
         cache = given.get(backbone.cache)
@@ -109,13 +107,14 @@ class Entering:
             self._on_training()
         training, own = torch.is_grad_enabled(), self._modules[backbone.module]
         drops = training and self.base.model.training
-        forward = Forward(self.bank, route, layout, own, training, drops, cache=values)
+        watched = self.bank.watched(route)
+        forward = Forward(self.bank, route, layout, own, training, drops, cache=values, watched=watched)
         if backbone.embedding is not None:  # what others do to embeddings (LoRA, NEFTune) is done to a row's own tokens
             self._embedders[backbone.embedding].stay_last()
         try:
             with inside(forward):
                 if forward.training:
-                    self.bank.compute_shared(route, forward.cache)
+                    self.bank.compute_shared(route, forward.cache, drops)
                 out = original(**given)
         finally:
             forward.release()
@@ -153,10 +152,13 @@ class Entering:
         each = rows // len(route.blends)
         blends = [blend for blend in route.blends for _ in range(each)]
         virtual = [0 if backbone.part == "decoder" else self.bank.virtual_length(b) for b in blends]
+        self._pooling.check(virtual)
         prefixes = self._prefixes(backbone, blends, values)
         cache = given.get(backbone.cache)
         filled = filled_under(cache)
         own_attention = not uses_interface(self.base) if prefixes.longest else False
+        if own_attention:
+            self.bank.check_prefix_read(prefixes.lengths, given.get("input_ids"))
         self._check_padding(backbone, given.get("attention_mask"), own_attention, virtual, prefixes)
         decoder = backbone.part == "decoder"
         places = None if decoder or route.places is None else _each(route.places, each)
@@ -165,7 +167,7 @@ class Entering:
             prompts = tuple(_each(route.prompts, each))
         return PaddedLayout(
             blends, backbone, virtual, prefixes, self.bank.virtual_of, prefixes.longest > 0 and own_attention,
-            filled is not None, places, self.last_virtual_predicts, prompts, self.first_virtual_pools,
+            filled is not None, places, self.last_virtual_predicts, prompts, self._pooling.first_virtual,
             route.prompts is not None,
         )  # fmt: skip
 
@@ -204,8 +206,9 @@ class Entering:
         spot = "prefixes", backbone.part, len(blends)
         if spot not in values:
             lengths = [0 if backbone.part == "encoder" else self.bank.prefix_length(b) for b in blends]
+            shifts = [0 if not length else self.bank.prefix_shift(b) for length, b in zip(lengths, blends, strict=True)]
             modules = [site.module for site in attention_sites(self.base)] if any(lengths) else []
-            values[spot] = Prefixes(blends, lengths, self.bank.prefix_of, modules)
+            values[spot] = Prefixes(blends, lengths, self.bank.prefix_of, modules, shifts, self.bank.prefix_factors)
         return values[spot]
 
     # ---- inside

@@ -5,18 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
-from inlay.errors import UsageError
 from inlay.sites.backbone import cache_name
 from inlay.sites.observe import attention_sites, uses_interface
 from inlay.sites.structure import Structure
 
-__all__ = ["isolates_segments", "padding_invariant"]
+__all__ = ["isolates_segments", "padding_invariant", "probes", "reads_cache"]
 
 
 Alone = Callable[..., AbstractContextManager[None]]
@@ -50,13 +50,19 @@ def isolates_segments(base: Structure, alone: Alone) -> bool:
     )
 
 
+def probes(base: Structure, alone: Alone) -> tuple[Callable[[bool], bool], Callable[[bool], bool]]:
+    """`padding_invariant`, which is asked whether behind a prefix, and `reads_cache`, whether hidden, for one base."""
+    return partial(padding_invariant, base, alone), partial(reads_cache, base, alone)
+
+
 @torch.no_grad()
 def _hands_on(model: Any, alone: Alone, ids: Tensor) -> bool:
-    """Whether the model gives its backbone the ids that it is given: models of text and images embed them before."""
+    """Whether the model gives its backbone the ids that it is given, as those of text and images that embed them before
+    do not, and whether it runs on them without a mask of its own."""
     try:
         with alone([ids.shape[1]]):
             model(input_ids=ids, use_cache=False)
-    except UsageError:
+    except Exception:  # whatever a base cannot do with a stream, padded rows have to do
         return False
     return True
 
@@ -67,7 +73,8 @@ def padding_invariant(base: Structure, alone: Alone, behind_prefix: bool) -> boo
     model: Any = base.model
     stack: Any = next(iter(base.stacks))
     count = model.get_input_embeddings().num_embeddings
-    row = torch.tensor([[3, 4, 5]], device=model.device) % count
+    row = torch.arange(3, 10, device=model.device)[None] % count  # so long that windows of a few tokens are in it
+    length = row.shape[1]
     width, behind = (2 if behind_prefix else 0), len(base.stacks) == 2
 
     def beside(padding: list[Any], own: list[Any]) -> list[Any]:
@@ -76,20 +83,54 @@ def padding_invariant(base: Structure, alone: Alone, behind_prefix: bool) -> boo
     def run(padding: int, filler: int = 1) -> Tensor:
         more: dict[str, Any] = {}
         if behind_prefix:
-            cache = more[cache_name(stack)] = DynamicCache()
-            for layer, site in enumerate(attention_sites(base)):
-                shape, generator = (1, site.heads, width), torch.Generator().manual_seed(layer)
-                k, v = (torch.randn(*shape, dim, generator=generator) for dim in (site.head_dim, site.value_dim))
-                cache.update(k.to(model.device, model.dtype), v.to(model.device, model.dtype), layer)
+            more[cache_name(stack)] = _filled_cache(base, width)
         ids = torch.cat(beside([torch.full_like(row[:, :1], filler % count).expand(1, padding)], [row]), 1)
-        mask = torch.tensor([[1] * width + beside([0] * padding, [1] * 3)], device=model.device)
+        mask = torch.tensor([[1] * width + beside([0] * padding, [1] * length)], device=model.device)
         if "position_ids" in inspect.signature(stack.forward).parameters:
-            places = beside([0] * padding, list(range(width, width + 3)))
+            places = beside([0] * padding, list(range(width, width + length)))
             more["position_ids"] = torch.tensor([places], device=model.device)
         states = _states(stack(input_ids=ids, attention_mask=mask, **more))
-        return states[:, :3] if behind else states[:, -3:]
+        return states[:, :length] if behind else states[:, -length:]
 
-    return _same(base, alone, lambda: run(0), lambda: run(2), lambda: run(2, filler=9))
+    return _same(base, alone, lambda: run(0), lambda: run(3), lambda: run(3, filler=12))
+
+
+def reads_cache(base: Structure, alone: Alone, hidden: bool = False) -> bool:
+    """Whether cached keys and values change the states of a tiny row, in a base without the attention interface; False
+    where it cannot run with them. If asked whether they can be `hidden`, whether those that are masked leave a single
+    token as it is. What a base that takes no ids or no mask cannot do is said elsewhere."""
+    stack: Any = base.stacks[-1]
+    if not {"input_ids", "attention_mask"} <= {*inspect.signature(stack.forward).parameters}:
+        return True
+    model: Any = base.model
+    count, device = model.get_input_embeddings().num_embeddings, next(stack.parameters()).device
+    row = torch.tensor([[3] if hidden else [3, 4, 5]], device=device) % count
+    mask = torch.tensor([[int(not hidden)] * 2 + [1] * row.shape[1]], device=device)
+    ran: list[int] = []
+
+    def run(seed: int) -> Tensor:
+        more: dict[str, Any] = {cache_name(stack): _filled_cache(base, 2, seed)}
+        if len(base.stacks) > 1:
+            more = {name: EncoderDecoderCache(cache, DynamicCache()) for name, cache in more.items()}
+            width = getattr(stack.config, "hidden_size", 0) or stack.config.d_model
+            more["encoder_hidden_states"] = torch.ones(1, 2, width, device=device, dtype=next(stack.parameters()).dtype)
+        states = _states(stack(input_ids=row, attention_mask=mask, **more))
+        ran.append(seed)
+        return states
+
+    same = _same(base, alone, lambda: run(0), lambda: run(0), lambda: run(100))
+    return same if hidden else not same and 100 in ran
+
+
+def _filled_cache(base: Structure, width: int, seed: int = 0) -> DynamicCache:
+    """`width` random keys and values of each layer."""
+    model: Any = base.model
+    cache = DynamicCache()
+    for layer, site in enumerate(s for s in attention_sites(base) if s.stack != "encoder"):
+        shape, generator = (1, site.heads, width), torch.Generator().manual_seed(seed + layer)
+        k, v = (torch.randn(*shape, dim, generator=generator) for dim in (site.head_dim, site.value_dim))
+        cache.update(k.to(model.device, model.dtype), v.to(model.device, model.dtype), layer)
+    return cache
 
 
 def _same(base: Structure, alone: Alone, *ways: Callable[[], Tensor]) -> bool:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from inlay.batch.route import Blend, Route
 from inlay.errors import UsageError
+from inlay.methods.contract import Params
 
 from .adapter import Adapter, Part
 
@@ -15,11 +19,19 @@ __all__ = ["Act", "SitePlan", "plan_at"]
 
 @dataclass(frozen=True, eq=False)
 class Act:
-    """One part of an adapter at a site, with the weight of what it adds; None where it is chained."""
+    """One part of an adapter at a site, with the weight of what it adds; None where it is chained. `over` are the acts
+    of the adapters that it uses, which are `frozen`."""
 
     adapter: Adapter
     part: Part
     weight: float | None
+    over: Sequence[Sequence[Act]] = ()
+    frozen: bool = False
+
+    def params(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> Params:
+        """What the method reads at a site; gradients reach it unless the adapter is frozen."""
+        found = self.part.at(path, dtype, cache)
+        return {name: value.detach() for name, value in found.items()} if self.frozen else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +40,7 @@ class SitePlan:
 
     `forms` are the shares of a linear layer that one form alone serves: those are computed together, whatever their
     methods. `rest` are shares of other sites, and those whose acts are chained, weighted, or have no form. `scaled` are
-    shares whose input is scaled.
+    shares whose input is scaled, or changed by a method's `input`.
     """
 
     forms: Sequence[tuple[int, Act]]
@@ -52,27 +64,42 @@ def _check_order(path: str, acts: Sequence[Act]) -> None:
         raise UsageError(
             f"{names} cannot be chained at {path}, which the later one computes anew", "Route one of them."
         )
+    changing = [act.adapter.name for act in acts if act.part.method.has("input")]
+    if len(changing) > 1:
+        names = " and ".join(map(repr, dict.fromkeys(changing)))
+        raise UsageError(f"{names} cannot be used together: each changes what {path} reads", "Route one of them.")
+
+
+def _acts(
+    path: str, name: str, weight: float | None, adapters: Mapping[str, Adapter], frozen: bool = False
+) -> list[Act]:
+    """The acts of one adapter at a site."""
+    found: list[Act] = []
+    for part in adapters[name].parts:
+        if path not in part.sites or part.sites[path].kind in ("attention", "tokens"):
+            continue
+        used = (_acts(path, other, None, adapters, frozen=True) for other in part.method.uses)
+        found.append(Act(adapters[name], part, weight, [acts for acts in used if acts], frozen))
+    return found
 
 
 def _made(path: str, shares: Sequence[Blend], adapters: Mapping[str, Adapter]) -> SitePlan | None:
     forms, rest, scaled = [], [], []
     for number, blend in enumerate(shares):
-        acts = [
-            Act(adapters[name], part, weight)
-            for name, weight in blend
-            for part in adapters[name].parts
-            if path in part.sites and part.sites[path].kind not in ("attention", "tokens")
-        ]
+        acts = [act for name, weight in blend for act in _acts(path, name, weight, adapters)]
         if not acts:
             continue
         # What stands behind a sublayer stands behind the adapters of its last layer.
         acts.sort(key=lambda act: act.part.sites[path].kind in ("sublayer", "block"))
         _check_order(path, acts)
-        if any(act.part.method.scales_input(act.part.sites[path]) for act in acts):
+        if any(act.part.method.scales_input(act.part.sites[path]) or act.part.method.has("input") for act in acts):
             scaled.append((number, acts))
+        acts = [act for act in acts if not act.part.method.has("input")]
+        if not acts:
+            continue
         alone = acts[0] if len(acts) == 1 and acts[0].weight is None else None
         if alone is not None and alone.part.method.has_form() and alone.part.sites[path].kind == "linear":
             forms.append((number, alone))
         else:
             rest.append((number, acts))
-    return SitePlan(forms, rest, scaled) if forms or rest else None
+    return SitePlan(forms, rest, scaled) if forms or rest or scaled else None

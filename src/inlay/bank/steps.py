@@ -3,7 +3,7 @@ the cache's own values, so that later steps only compute."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,15 @@ from inlay.batch.forward import Forward
 from inlay.batch.padded import PaddedLayout
 from inlay.methods.contract import BottleneckForm, LinearForm, Site
 
-from .acting import Scope, act_in_turn, input_scales
+from .acting import Scope, act_in_turn, input_scales, scaled_input
 from .adapter import Adapter
 from .plan import Act, SitePlan, plan_at
 from .slots import Forms, StepAct, beside, linear_acts, norm_act
 
-__all__ = ["Step", "goes_on", "input_rows", "step_of"]
+__all__ = ["InputStep", "Step", "goes_on", "input_step", "step_of"]
+
+InputStep = Callable[[Forward, Tensor], Tensor]
+"""Makes of x (..., in) what a module reads, in the forward of one step."""
 
 FEW = 4
 """Tokens of a row up to which steps of linear layers are laid out; more are a prompt that goes on."""
@@ -127,8 +130,17 @@ def _linear(
     return list(cache[spot])
 
 
-def input_rows(plan: SitePlan, scope: Scope, x: Tensor) -> Tensor | None:
-    """What x (..., in) is multiplied with, in its shape; None where nothing is scaled."""
+def input_step(plan: SitePlan, scope: Scope, x: Tensor) -> InputStep | None:
+    """What the plan's `scaled` do to x (..., in) at every step; None where nothing is scaled."""
+    if any(act.part.method.has("input") for _, acts in plan.scaled for act in acts):
+        site = scope.site
+        return lambda forward, x: scaled_input(plan, Scope(site, forward.route, forward.layout, forward), x)
+    rows = _input_rows(plan, scope, x)
+    return None if rows is None else lambda _, x: x * rows
+
+
+def _input_rows(plan: SitePlan, scope: Scope, x: Tensor) -> Tensor | None:
+    """What x is multiplied with, in its shape."""
     flat = scope.layout.to_units(x, x.shape[-1])
     scales = input_scales(plan, scope, x.dtype)
     if not scales:

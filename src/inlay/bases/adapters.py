@@ -11,6 +11,9 @@ from .hub import fetched, is_hub_id
 
 __all__ = ["adapter_folder"]
 
+FUSION = "adapter_fusion_config.json"
+"""What AdapterHub writes beside a fusion of adapters, which are in folders of their own."""
+
 
 def adapter_folder(name: str | Path) -> Path:
     """The folder that holds the adapter's files: `name` itself, `name`/adapter of a run, or a hub id's (org/name).
@@ -38,6 +41,9 @@ def _instead(path: Path, name: str | Path) -> Path:
         if not (path.parent / CONFIG).is_file():
             remedy = "A loralib file is loaded in Python: bank.load(name, path, alpha=...)."
         raise UsageError(f"adapter {name} is a file, not a folder", remedy)
+    if (path / FUSION).is_file():
+        what = f"{name} holds AdapterHub's AdapterFusion, which is read from no file of AdapterHub's"
+        raise UsageError(what, "Load the adapters that it is over, and train a Fusion over them.")
     if path.is_dir():
         if (path / "config.json").is_file():
             raise UsageError(f"{name} holds a base, not an adapter", "Give it as --base.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,9 +22,10 @@ __all__ = ["FORWARD", "IN_MODEL", "Forward", "inside"]
 class Forward:
     """`owner` is the bank whose base runs, `modules` what belongs to its backbone; `training` is whether gradients are
     taken; `drops` whether dropout that no noise names draws from torch's generator, as in anybody's loop after
-    `model.train()`. `streams` holds the residual stream of each sublayer, `inputs` what a site's first hook leaves to
-    its second, `cache` what is computed once a forward; `behind` is set outside of the backbone: while its head runs
-    or, where there is a `before`, what comes before it.
+    `model.train()`. `streams` holds the residual stream of each sublayer, and the queries of the attention modules
+    that are `watched`, by path; `inputs` what a site's first hook leaves to its second, `cache` what is computed once a
+    forward; `behind` is set outside of the backbone: while its head runs or, where there is a `before`, what comes
+    before it.
     """
 
     owner: object
@@ -39,14 +40,22 @@ class Forward:
     noisy: bool = False
     behind: bool = False
     before: Any = None
+    watched: Mapping[nn.Module, str] = field(default_factory=dict)
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention asks this forward."""
+        return self.layout.attends or bool(self.watched)
 
     def attend(self, plain: Callable[..., Any], module: nn.Module, qkv: QKV, mask: Any, **rest: Any) -> Any:
-        if module not in self.modules:
+        if module in self.watched:
+            self.streams[self.watched[module]] = qkv[0].transpose(1, 2).flatten(2)  # (rows, tokens, heads x head_dim)
+        if module not in self.modules or not self.layout.attends:
             return plain(module, *qkv, mask, **rest)
         return self.layout.attend(plain, module, qkv, mask, **rest)
 
     def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
-        return self.layout.mask(plain, call)
+        return self.layout.mask(plain, call) if self.layout.attends else plain(**call)
 
     def release(self) -> None:
         """Let go of the activations; what is in `cache` stays for those who recompute a block in the backward."""
@@ -62,8 +71,10 @@ IN_MODEL: ContextVar[object] = ContextVar("inlay_in_model", default=None)
 @contextmanager
 def inside(forward: Forward | None) -> Iterator[None]:
     """Run what is inside as a part of `forward`, in whichever thread that is; None: of no forward."""
-    attends = forward is not None and forward.layout.attends
-    before, handler = FORWARD.set(forward), HANDLER.set(forward if attends else None)
+    attends = forward is not None and forward.attends
+    around = HANDLER.get()
+    watcher = None if isinstance(around, Forward) else around  # who looks on without a forward goes on looking
+    before, handler = FORWARD.set(forward), HANDLER.set(forward if attends else watcher)
     try:
         yield
     finally:

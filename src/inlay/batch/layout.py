@@ -29,6 +29,8 @@ class Layout(ABC):
     """
 
     attends = False
+    ids: Tensor | None = None
+    """The token ids of the prepared forward, where it was given some; (rows, columns), or (1, tokens) of a stream."""
 
     def __init__(
         self,
@@ -40,6 +42,12 @@ class Layout(ABC):
     ) -> None:
         self.blends, self.partition, self.backbone, self.prefixes = list(blends), partition, backbone, prefixes
         self._values = values
+
+    def prepared(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What `prepare` gives, whose ids are remembered."""
+        made = self.prepare(given)
+        self.ids = made.get("input_ids")
+        return made
 
     @abstractmethod
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,15 @@ class Dropper:
         """Standard normal numbers of the shape and dtype of `like` (tokens, width); zeros at padding."""
         return torch.cat([self._drawn(unit, like, None) for unit in self.units])
 
+    def chance(self, like: Tensor, of_step: bool) -> Tensor:
+        """Uniform numbers, float32 (tokens, 1) on the device of `like`: one for each unit, or `of_step` for each step,
+        which all sites and samples share."""
+        made = []
+        for step, sample, _, tokens in self.units:
+            name = f"{self.seed}//{step}/s" if of_step else f"{self.seed}/{self.path}/{step}/{sample}/r"
+            made.append(torch.rand(1, 1, generator=_generator(name, like.device), device=like.device).expand(tokens, 1))
+        return torch.cat(made)
+
     def _drawn(self, unit: tuple[int, int, int, int], x: Tensor, p: float | None) -> Tensor:
         """Masks of one unit; normal numbers where `p` is None."""
         step, sample, lead, tokens = unit

@@ -94,7 +94,7 @@ class PackedLayout(Layout):
         # A mask of ones keeps the base from looking for segments of its own.
         given = {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         if self.backbone.takes_positions:
-            shifts = self.prefixes.lengths
+            shifts = self.prefixes.shifts
             spans = [torch.arange(n) + shift for n, shift in zip(self.lengths, shifts, strict=True)]
             given["position_ids"] = (torch.cat(spans) + self.backbone.first).to(device)[None]
         return given
@@ -128,7 +128,10 @@ class PackedLayout(Layout):
 
     def attend(self, plain: Callable[..., Any], module: nn.Module, qkv: QKV, mask: Any, **rest: Any) -> Any:
         if not isinstance(mask, StreamMask) or rest.get("position_bias") is not None:
-            raise NotImplementedError("this base makes its masks or biases in a way that a packed stream cannot follow")
+            raise UsageError(
+                f"{type(module).__name__} makes masks or biases of its own, which a packed stream cannot follow",
+                "Use padded rows and `route`.",
+            )
         window = self._window(plain, mask, qkv)
         if window is not None:
             return self._flashed(module, qkv, window, rest.get("scaling"))[None], None

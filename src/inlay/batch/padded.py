@@ -17,7 +17,7 @@ from .partition import Partition
 from .prefixes import Prefixes
 from .prompts import check_prompt_whole, check_unpacked, make_room, rows_mask
 from .route import Blend
-from .sources import decoder_source, encoder_source
+from .sources import decoder_source, encoder_source, has_virtual, with_virtual
 
 __all__ = ["PaddedLayout", "columns"]
 
@@ -80,7 +80,7 @@ class PaddedLayout(PaddedAttention):
         whole, length = self._own
         check_unpacked(self._given)
         if self._mask is not None:
-            whole = rows_mask(self._mask, whole.shape[1] - length, length)
+            whole = rows_mask(self._mask, whole.shape[1] - length, length, self.outer_mask)
             assert whole is not None
             self._own, self._mask = (whole, length), None
         check_unpacked(self._given, whole[:, -length:])
@@ -103,6 +103,9 @@ class PaddedLayout(PaddedAttention):
         ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
         inputs = ids if ids is not None else embeds
         self._note_own(inputs, mask, given)
+        if inputs is None and self.by_cache:
+            what = f"{type(self.backbone.module).__name__} takes no input_ids, before which a prefix could be cached"
+            raise UsageError(what, "Choose LoRA.")
         if inputs is None or not (self.widest or self.prefixes.longest):
             return given
         if self.continued and not columns(given.get(self.backbone.cache)):
@@ -112,7 +115,7 @@ class PaddedLayout(PaddedAttention):
         real = past - extra
         check_unpacked(self._given)
         if mask is not None:
-            given["attention_mask"] = mask = rows_mask(mask, real, length)
+            given["attention_mask"] = mask = rows_mask(mask, real, length, self.outer_mask)
         if self.widest and not self.by_cache:
             make_room(given.get(self.backbone.cache), past + length + (0 if past else self.widest), self.widest)
         self.virtual, self.places = self.virtual.to(inputs.device), self.places.to(inputs.device)
@@ -165,22 +168,23 @@ class PaddedLayout(PaddedAttention):
             self.source = source(first, self.places, self.virtual, width, length)
 
     def _widened(self, values: Tensor, virtual: Any, padding: Any) -> Tensor:
-        """(B, L) values in the widened call: `virtual` at virtual tokens, `padding` at new padding."""
+        """(B, L, ...) values in the widened call: `virtual` at virtual tokens, `padding` at new padding."""
         assert self.source is not None
         source = self.source[:, : self.widest + values.shape[1]]
+        source = source.view(*source.shape, *([1] * (values.ndim - 2))).expand(-1, -1, *values.shape[2:])
         wide = torch.where(source == -1, padding, values.gather(1, source.clamp(min=0)))
-        return torch.where(source < -1, virtual, wide)
+        return torch.where(source < -1, virtual, wide).to(values.dtype)
 
     def _positioned(
         self, given: dict[str, Any], ids: Tensor | None, mask: Tensor, real: int, length: int
     ) -> dict[str, Any]:
         if not self.backbone.takes_positions:
             return given
-        moved = (self.virtual + torch.tensor(self.prefixes.lengths, device=mask.device))[:, None]
-        positions = given.get("position_ids")
-        if positions is None:
-            plain = self.backbone.plain_positions(ids, mask, real)
-            positions = torch.where(moved > 0, self.backbone.real_positions(mask, real), plain)
+        moved = (self.virtual + torch.tensor(self.prefixes.shifts, device=mask.device))[:, None]
+        positions, plain = given.get("position_ids"), self.backbone.plain_positions(ids, mask, real)
+        if positions is None or (positions.ndim == 2 and torch.equal(positions.expand_as(plain), plain)):
+            counted = (self.virtual + torch.tensor(self.prefixes.lengths, device=mask.device))[:, None] > 0
+            positions = torch.where(counted, self.backbone.real_positions(mask, real), plain)
         if positions.ndim == 3:  # one plane for time, height and width each
             return {**given, "position_ids": self._planes(positions, given, mask, moved, real)}
         return {**given, "position_ids": self._moved(positions, mask, moved, real)}
@@ -222,8 +226,12 @@ class PaddedLayout(PaddedAttention):
             assert self.source is not None
             index = self.source.clamp(min=0)[..., None].expand(-1, -1, embeds.shape[2])
             given["inputs_embeds"] = self._fill(embeds.gather(1, index))
-        if given.get("token_type_ids") is not None:
-            given["token_type_ids"] = self._widened(given["token_type_ids"], 0, 0)
+        inputs = ids if ids is not None else embeds
+        own = None if inputs is None else inputs.shape[:2]
+        for name in {*given} - {"input_ids", "inputs_embeds", "attention_mask", "position_ids", self.backbone.cache}:
+            value = given[name]  # such as token types, places on a page, which tokens are images'
+            if isinstance(value, Tensor) and not value.is_floating_point() and value.shape[:2] == own:
+                given[name] = self._widened(value, 0, 0)
         return given
 
     def _prefilled(self, given: dict[str, Any], mask: Tensor, past: int) -> None:
@@ -261,14 +269,10 @@ class PaddedLayout(PaddedAttention):
 
     def _fill(self, embedded: Tensor) -> Tensor:
         assert self.source is not None
-        rows = []
-        for row, blend, source in zip(embedded.unbind(0), self.blends, self.source, strict=True):
-            values, at = self._values(blend), (source < -1).nonzero()[:, 0]
-            rows.append(row if values is None else row.index_copy(0, at, values.to(row.dtype)))
-        return torch.stack(rows)
+        return with_virtual(embedded, self.source, [self._values(blend) for blend in self.blends])
 
     def narrow(self, states: Tensor) -> Tensor:
-        if self.source is None or states.shape[1] != self.source.shape[1]:
+        if self.source is None or not has_virtual(states, self.source.shape[1], self._own, self.uneven):
             return states
         kept = (self.source >= 0).nonzero()[:, 1].view(states.shape[0], -1)
         if self.last_virtual_predicts and self.backbone.part != "encoder":

@@ -39,7 +39,11 @@ class PaddedAttention(Layout):
         q = (torch.arange(queries, device=device) + call.get("q_offset", 0)).view(1, 1, queries, 1) + shift
         k = (behind + self.lead.to(device)[:, None]).view(rows, 1, 1, width) + shift
         row, head = torch.arange(rows, device=device).view(rows, 1, 1, 1), torch.zeros_like(shift[:1])
-        front = front & torch.broadcast_to(call["mask_function"](row, head, q, k), front.shape)
+        try:
+            front = front & torch.broadcast_to(call["mask_function"](row, head, q, k), front.shape)
+        except IndexError:
+            what = "this base looks its masks up in tables of a row's tokens, in which prefix keys have no place"
+            raise UsageError(what, "Choose LoRA.") from None
         if base.dtype != torch.bool:
             front = torch.zeros_like(front, dtype=base.dtype).masked_fill(~front, torch.finfo(base.dtype).min)
         return torch.cat([front.expand(rows, base.shape[1], queries, width), base], -1)
@@ -65,7 +69,7 @@ class PaddedAttention(Layout):
             if width and isinstance(mask, Tensor) and mask.shape[-1] > columns:
                 mask = mask[..., width:]
             return plain(module, q, k, v, mask, **rest)
-        if isinstance(mask, Tensor) and mask.shape[-1] < columns + width:
+        if isinstance(mask, Tensor) and (mask.shape[-1] < columns + width or mask.shape[-1] == columns + 2 * width):
             raise UsageError(
                 f"{type(module).__name__} makes masks of its own, in which prefix keys have no place", "Choose LoRA."
             )
@@ -83,7 +87,11 @@ class PaddedAttention(Layout):
         """(B, heads, q, P + k) relative position bias, each row's prefix directly before its first column."""
         own: Any = module
         if not getattr(module, "has_relative_attention_bias", False):
-            own = next(m for m in self.backbone.module.modules() if getattr(m, "has_relative_attention_bias", False))
+            biased = (m for m in self.backbone.module.modules() if getattr(m, "has_relative_attention_bias", False))
+            own = next(biased, None)
+        if not hasattr(own, "compute_bias"):
+            what = f"{type(module).__name__} makes biases of its own, in which prefix keys have no place"
+            raise UsageError(what, "Choose LoRA.")
         width = self.prefixes.longest
         kinds: dict[int, Tensor] = {}
         for n in set(self.prefixes.lengths):

@@ -19,7 +19,8 @@ KeysValues = tuple[Tensor, Tensor]
 class Prefixes:
     """Looks up what each unit's adapters put before its keys; `find(blend, module)` computes it for one blend.
 
-    `lengths` holds the number of prefix keys of each unit.
+    `factors(module)` is what they are multiplied with, (2, units, longest), for keys and for values.
+    `lengths` holds the number of prefix keys of each unit, `shifts` by how much they move its positions.
     """
 
     def __init__(
@@ -28,7 +29,11 @@ class Prefixes:
         lengths: Sequence[int],
         find: Callable[[Blend, nn.Module], KeysValues | None],
         modules: Sequence[nn.Module] = (),
+        shifts: Sequence[int] | None = None,
+        factors: Callable[[nn.Module], Tensor | None] = lambda module: None,
     ) -> None:
+        self._factors = factors
+        self.shifts = list(lengths if shifts is None else shifts)
         self.blends, self.lengths, self._find, self._modules = list(blends), list(lengths), find, modules
         self._cache: dict[tuple[nn.Module, tuple[int, ...]], KeysValues | None] = {}
 
@@ -47,6 +52,10 @@ class Prefixes:
                 assert stacked is not None
                 layers.append(stacked)
         return layers
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether what stands at a module is known already, as in steps that go on from a cache."""
+        return not torch.is_grad_enabled() and any(known is module for known, _ in self._cache)
 
     def of(self, module: nn.Module, units: Sequence[int], k: Tensor, v: Tensor) -> KeysValues | None:
         """(units, heads, P, dim) keys and values, right-aligned, P the longest of `units`; None where none acts here.
@@ -77,7 +86,12 @@ class Prefixes:
         if not longest or not any(self._acts(module, blend) for blend in kinds):
             return None
         rows = torch.tensor([kinds[self.blends[u]] for u in units], device=k.device)
-        return torch.stack(keys).index_select(0, rows), torch.stack(values).index_select(0, rows)
+        found = torch.stack(keys).index_select(0, rows), torch.stack(values).index_select(0, rows)
+        factors = self._factors(module)
+        if factors is None:
+            return found
+        of_keys, of_values = factors[:, list(units), -longest:, None].unsqueeze(2).to(k.dtype)  # (units, 1, P, 1)
+        return found[0] * of_keys, found[1] * of_values
 
     def _acts(self, module: nn.Module, blend: Blend) -> bool:
         return bool(blend) and self._find(blend, module) is not None

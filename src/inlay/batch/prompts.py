@@ -14,12 +14,13 @@ from inlay.errors import UsageError
 __all__ = ["check_prompt_whole", "check_unpacked", "make_room", "rows_mask"]
 
 
-def rows_mask(mask: Any, past: int, tokens: int) -> Tensor | None:
+def rows_mask(mask: Any, past: int, tokens: int, given: Any = None) -> Tensor | None:
     """Which columns (rows, past + tokens) hold tokens, by the attention mask of a call of `tokens` behind `past`
     others; None where there is none.
 
     A mask (rows, 1, tokens, columns) that lets each token see all before it, but for padding, says the same: generate
-    makes such for a static cache. Raises: UsageError where it says more, or something else.
+    makes such for a static cache. `given` is the mask that the caller gave the model around, which may make another of
+    it. Raises: UsageError where it says more, or something else.
     """
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask
@@ -35,6 +36,12 @@ def rows_mask(mask: Any, past: int, tokens: int) -> Tensor | None:
             return own.long()
     kinds = list(mask.values()) if isinstance(mask, Mapping) else [mask]
     shape = next((tuple(kind.shape) for kind in kinds if isinstance(kind, Tensor)), type(mask).__name__)
+    if isinstance(given, Tensor) and given.ndim == 2:
+        raise UsageError(
+            f"this model makes a mask {shape} of the attention mask (rows, tokens), which says more than what is "
+            "padding: prefixes, virtual tokens and positions have no place in it",
+            "Choose a method without them, such as LoRA.",
+        )
     raise UsageError(
         f"prefixes, virtual tokens and positions need the attention mask (rows, tokens); it is {shape}, and says more",
         "Give (rows, tokens), use the default cache, or choose a method without them, such as LoRA.",

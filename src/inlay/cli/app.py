@@ -11,8 +11,8 @@ from typer.core import TyperGroup
 
 import inlay
 
-from . import chat, doctor, evaluate, generate, merge, methods, predict, preview, pull, train
-from .common import fail
+from . import chat, combine, convert, doctor, evaluate, generate, merge, methods, predict, preview, pull, train
+from .common import fail, quiet_unless_first
 
 __all__ = ["app"]
 
@@ -34,6 +34,7 @@ def _on_one_line() -> Iterator[None]:
 
 class Group(TyperGroup):
     def make_context(self, *arguments: Any, **more: Any) -> Any:
+        quiet_unless_first()
         with _on_one_line():
             return super().make_context(*arguments, **more)
 
@@ -70,6 +71,8 @@ app.command("predict")(predict.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("merge")(merge.command)
+app.command("combine")(combine.command)
+app.command("convert")(convert.command)
 app.command("preview")(preview.command)
 app.command("methods")(methods.command)
 app.command("pull")(pull.command)

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,10 +21,22 @@ from rich.console import Console
 from rich.table import Table
 
 from inlay.bases.quiet import hush
-from inlay.errors import InlayError
+from inlay.errors import InlayError, UsageError
 from inlay.files import finite
+from inlay.runs.processes import place
 
-__all__ = ["Json", "console", "counted", "emit", "fail", "guarded", "json_line", "number", "scores_table"]
+__all__ = [
+    "Json",
+    "console",
+    "counted",
+    "emit",
+    "fail",
+    "guarded",
+    "json_line",
+    "number",
+    "quiet_unless_first",
+    "scores_table",
+]
 
 console = Console(stderr=True)
 
@@ -59,6 +71,13 @@ def guarded(doing: str = "the command") -> Iterator[None]:
     except Exception as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         fail(f"{doing} failed ({type(error).__name__}: {why[:200]}). More is in {_log(doing)}", 1)
+
+
+def quiet_unless_first() -> None:
+    """Of several processes that a launcher has started, the first one speaks for all."""
+    with suppress(UsageError):  # what is wrong there is said where processes are used
+        if (here := place()) is not None and here.rank:
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
 
 
 def _interrupt(number: int, frame: Any) -> None:

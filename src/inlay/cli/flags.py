@@ -13,7 +13,9 @@ import typer
 
 from inlay.data.yaml import read_yaml
 from inlay.errors import UsageError
+from inlay.runs.processes import check_one_process
 from inlay.runs.settings import PANELS
+from inlay.runs.together import helped
 from inlay.values import Checked, Field, From, OneOf, fields_of
 
 from .common import Json, guarded
@@ -25,14 +27,21 @@ Work = Callable[[C, bool], None]
 Earlier = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
-def command(kind: type[C], doing: str, earlier: Earlier | None = None) -> Callable[[Work[C]], Callable[..., None]]:
+def command(
+    kind: type[C], doing: str, earlier: Earlier | None = None, several: bool = False
+) -> Callable[[Work[C]], Callable[..., None]]:
     """Makes a function of settings and `as_json` a command. Flags win over --config, that over `earlier` settings
-    (those of a run that is resumed), these over defaults. `doing` says what is done, for errors.
+    (those of a run that is resumed), these over defaults. `doing` says what is done, for errors. Where `several`
+    processes may do it together, the first one alone reads settings.
     """
 
     def made(work: Work[C]) -> Callable[..., None]:
         def call(**flags: Any) -> None:
             with guarded(doing):
+                if not several:
+                    check_one_process(doing)
+                elif helped() is not None:
+                    return
                 as_json, config = flags.pop("json"), flags.pop("config")
                 work(_settings(kind, flags, config, earlier), as_json)
 

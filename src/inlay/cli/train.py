@@ -37,7 +37,7 @@ def _earlier(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in names}
 
 
-@flags.command(Settings, "training", _earlier)
+@flags.command(Settings, "training", _earlier, several=True)
 def command(settings: Settings, as_json: bool) -> None:
     """Train an adapter on a data file: LoRA by default.
 

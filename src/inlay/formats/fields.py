@@ -6,14 +6,27 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from inlay.errors import FormatError
+from inlay.errors import FormatError, UsageError
 from inlay.methods.contract import Method
 from inlay.methods.peft_fields import COMMON
 
-__all__ = ["check_fields"]
+__all__ = ["check_fields", "with_task"]
 
 NOTHING = (None, [], {})
 """What an unknown field may be set to: no release gives a meaning to those."""
+
+
+TASKS, TASK = "num_tasks", "task"
+"""How many tasks share a prompt; and which of them is meant, a field of ours, which no file of HF PEFT has."""
+
+
+def with_task(config: dict[str, Any], task: int | None, where: str) -> dict[str, Any]:
+    """`config`, saying which task is meant where a caller says it. Raises: UsageError where it has no tasks."""
+    if task is None:
+        return config
+    if TASKS not in config:
+        raise UsageError(f"{where} holds no prompt that several tasks share", "Leave task out.")
+    return {**config, TASK: task}
 
 
 def check_fields(config: Mapping[str, Any], kind: type[Method], where: str) -> None:
@@ -32,6 +45,8 @@ def _refusal(name: str, value: Any, kind: type[Method]) -> str | None:
         own = {f.name for f in dataclasses.fields(kind)} | {"target_modules"}
         return None if name in own else "which no method here has"
     limited = {**fields.refused, **fields.older}
+    if name == TASK and TASKS in fields.read:
+        return None
     if name in limited:
         return None if value == limited[name] or value in NOTHING else "which is not supported"
     return None if name in fields.read or name in fields.passed or value in NOTHING else "which Inlay does not know"

@@ -1,7 +1,7 @@
 """loralib's state dicts: LoRA factors by module, without alpha and without the enabled parts of fused weights.
 
 `lora.Linear` and `lora.Embedding` keep A (r, in) and B (out, r). `lora.MergedLinear` keeps, for n enabled parts of
-equal width, A (n r, in) and B (n width, r), part by part: here that is one LoRA of rank n r whose B is zero elsewhere.
+equal width, A (n r, in) and B (n width, r), part by part, as `inlay.methods.merged_linear` does.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from inlay.files import written_beside
 from inlay.methods.bitfit import BitFit
 from inlay.methods.contract import LinearForm, Method, Site, Structure
 from inlay.methods.lora import LoRA
+from inlay.methods.merged_linear import MergedLoRA
 
 from .names import true_names
 from .parts import ROOT, SavedPart
@@ -45,22 +47,24 @@ def read_loralib(
     stored = {key.removeprefix(ROOT): named.pop(key) for key in [*named] if key.rpartition(".")[2].startswith("lora_")}
     sites = {site.path: site for site in [*base.embeddings, *base.projections]}
     pairs = _pairs(file, stored, sites)
-    tensors: Tensors = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    whole: Tensors = {}
+    fused: Tensors = {}
     for path, (a, b) in pairs.items():
-        parts = a.shape[0] // max(1, b.shape[1])
-        if parts > 1 or (b.shape[0] != sites[path].out_features and enabled is not None):
-            b = _spread(file, path, b, parts, sites[path], enabled)
-        if a.shape[1] != sites[path].in_features or b.shape != (sites[path].out_features, a.shape[0]):
+        parts, out = a.shape[0] // max(1, b.shape[1]), sites[path].out_features
+        of_parts = parts > 1 or (b.shape[0] != out and enabled is not None)
+        if of_parts:
+            out = _height(file, path, parts, sites[path], enabled)
+        if a.shape != (parts * b.shape[1], sites[path].in_features) or b.shape[0] != out:
             what = f"{path!r} in {file} has A {tuple(a.shape)} and B {tuple(b.shape)}"
             raise FormatError(f"{what}, which do not fit the base", "It was trained on another base.")
-        tensors[path] = {"A": a, "B": b}
-        ranks[path], alphas[path] = a.shape[0], alpha * parts
-    ranks_by = {re.escape(path): rank for path, rank in ranks.items()}
-    alphas_by = {re.escape(path): value for path, value in alphas.items()}
-    lora = LoRA(alpha=alpha, targets=list(tensors), rank_pattern=ranks_by, alpha_pattern=alphas_by)
-    return [*_beside(file, named, base), (lora, tensors)]
+        (fused if of_parts else whole)[path] = {"A": a, "B": b}
+    found = _beside(file, named, base)
+    parts_said: dict[str, Any] = {"enable_lora": list(enabled or ())}
+    for kind, tensors, more in ((LoRA, whole, {}), (MergedLoRA, fused, parts_said)):
+        ranks = {re.escape(path): own["B"].shape[1] for path, own in tensors.items()}
+        if tensors:
+            found.append((kind(alpha=alpha, targets=list(tensors), rank_pattern=ranks, **more), tensors))
+    return found
 
 
 def _beside(file: Path, stored: dict[str, Tensor], base: Structure) -> list[tuple[Method, Tensors]]:
@@ -138,24 +142,16 @@ def _pairs(file: Path, stored: Mapping[str, Tensor], sites: Mapping[str, Site]) 
     return {path: found[path] for path in sites if path in found}
 
 
-def _spread(file: Path, path: str, b: Tensor, parts: int, site: Site, enabled: Sequence[bool] | None) -> Tensor:
-    """B (n width, r) of n enabled parts as (out, n r): each part's rows where the fused weight has them, in its own
-    r columns; the rest is zero.
-    """
+def _height(file: Path, path: str, parts: int, site: Site, enabled: Sequence[bool] | None) -> int:
+    """The rows of B (n width, r) for the n enabled parts. Raises: UsageError where other parts, or none, are said."""
     if enabled is None or sum(enabled) != parts or site.out_features % len(enabled):
         said = "nothing was said" if enabled is None else f"enabled={list(enabled)}"
         raise UsageError(f"{path!r} in {file} holds {parts} parts of a fused weight, {said}", "Give enabled=[...].")
-    width, r = site.out_features // len(enabled), b.shape[1]
-    if b.shape[0] != parts * width:
-        raise FormatError(f"{path!r} in {file} has B {tuple(b.shape)}", f"The base needs {(parts * width, r)}.")
-    wide = b.new_zeros(site.out_features, parts * r)
-    for n, place in enumerate(i for i, on in enumerate(enabled) if on):
-        wide[place * width : (place + 1) * width, n * r : (n + 1) * r] = b[n * width : (n + 1) * width]
-    return wide
+    return parts * (site.out_features // len(enabled))
 
 
 def _collected(site: Site, b: Tensor, enabled: Sequence[bool]) -> Tensor:
-    """The inverse of `_spread`: B (out, n r) as (n width, r). Raises: UsageError where B has more than those parts."""
+    """The rows of enabled parts: B (out, n r) as (n width, r). Raises: UsageError where B has more than those parts."""
     parts = sum(enabled)
     width, r = site.out_features // len(enabled), b.shape[1] // max(1, parts)
     left, pieces = b.clone(), []

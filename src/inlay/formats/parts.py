@@ -53,10 +53,12 @@ def _hosted(parts: Sequence[SavedPart], written: Sequence[Written], host: int) -
     for number, part in enumerate(parts):
         if number == host:
             continue
-        if part.method.replaces and parts[host].sites.keys() & part.sites.keys():
-            return None  # HF PEFT takes no target among saved modules
+        wraps = part.method.replaces or type(part.method).key_beside is not Method.key_beside
+        if wraps and parts[host].sites.keys() & part.sites.keys():
+            return None  # HF PEFT takes no target among the modules that it wraps for these
         fields = part.method.fields_beside(method, list(part.sites.values()))
-        own = {key.replace(ROOT, SHORT_ROOT, 1) if short else key: v for key, v in written[number][1].items()}
+        own = {part.method.key_beside(key): value for key, value in written[number][1].items()}
+        own = {key.replace(ROOT, SHORT_ROOT, 1) if short else key: value for key, value in own.items()}
         own = {_wrapped(key, parts[host].sites): value for key, value in own.items()}
         if fields is None or tensors.keys() & own.keys():
             return None

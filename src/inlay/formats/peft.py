@@ -19,15 +19,16 @@ from inlay.methods.starts import began_inside
 from inlay.methods.table import METHODS
 
 from .experts import stacked_keys, unstacked_keys
-from .fields import check_fields
+from .fields import check_fields, with_task
 from .matching import Named, holds_name
 from .names import true_names, without_adapter_name
 from .parts import PARTS, ROOT, SHORT_ROOT, SavedPart, Written, beside, numbered, split_parts
 from .rewriting import spared_rewriting
+from .support import unread_type
 from .tensors import check_numbers, read_tensors
 from .weights import check_shape, taken_weights
 
-__all__ = ["CONFIG", "CONSTANTS", "Stored", "read_peft", "write_peft"]
+__all__ = ["CONFIG", "CONSTANTS", "Stored", "read_config", "read_peft", "write_peft"]
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -62,8 +63,9 @@ def write_peft(
 
 def _written(part: SavedPart) -> Written:
     sites = list(part.sites.values())
-    method, shared = part.method.export(part.params.get("", {}), sites)
-    values = {**part.params, "": shared, CONSTANTS: part.constants}
+    compact, own = part.method.compacted(part.params, sites)
+    method, shared = compact.export(own.get("", {}), sites)
+    values = {**own, "": shared, CONSTANTS: part.constants}
     keys = _keys(method, sites).items()
     tensors = {key: _plain(values[path][name]).reshape(shape) for key, (path, name, shape) in keys}
     whole = [key for key, (_, name, _) in keys if name in method.whole_numbers]
@@ -88,12 +90,13 @@ def _keys(method: Method, sites: Sequence[Site]) -> dict[str, tuple[str, str, tu
 # ---- reading
 
 
-def read_peft(folder: Path, base: Structure) -> list[Stored]:
-    """The methods of a folder, the parts of one adapter, with their tensors, checked against `base`.
+def read_peft(folder: Path, base: Structure, task: int | None = None) -> list[Stored]:
+    """The methods of a folder, the parts of one adapter, with their tensors, checked against `base`; `task` is which of
+    the tasks of a prompt that has several.
 
     Raises: UsageError where there is no adapter; FormatError naming what is missing, extra or misshapen.
     """
-    config = _config(folder)
+    config = with_task(read_config(folder), task, str(folder))
     if config.get("peft_type") != PARTS:
         _kind(config, str(folder))  # a type that nobody knows is said before a file is opened
     file = next((folder / f for f in FILES if (folder / f).is_file()), None)
@@ -108,7 +111,8 @@ def read_peft(folder: Path, base: Structure) -> list[Stored]:
     return found
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder, whoever wrote it. Raises: UsageError where there is none; FormatError."""
     path = folder / CONFIG
     if not path.exists():
         raise UsageError(f"{folder} holds no {CONFIG}", "Name the folder that the adapter was saved to.")
@@ -127,8 +131,7 @@ def _kind(config: Mapping[str, Any], where: str) -> type[Method]:
     for kind in found:
         if not any(other is not kind and issubclass(other, kind) for other in found):
             return kind
-    known = ", ".join(dict.fromkeys(kind.peft_type for kind in KINDS))
-    raise FormatError(f"{where} holds a {config.get('peft_type')!r} adapter", f"Known here: {known}.")
+    raise FormatError(f"{where} holds {unread_type(config.get('peft_type'))}", "`inlay methods` lists what it has.")
 
 
 class _Reading:
@@ -179,7 +182,7 @@ class _Reading:
                 keys = [key.removeprefix(ROOT).removeprefix(SHORT_ROOT) for key in self.stored]
             method = None if kind is self.kind else kind.read_beside(self.config, keys)
             if method is not None:
-                found.append((method, self._fitted(method, method.sites(self.base))))
+                found.append((method, self._fitted(method, method.sites(self.base), beside=True)))
         return found
 
     def _check_beside(self, beside: Sequence[Stored]) -> None:
@@ -220,7 +223,9 @@ class _Reading:
                 f"first {strangers[0]!r}",
                 "The adapter was trained on another base.",
             )
-        held = set(owners.values())
+        held = {owner for owner in owners.values() if owner is not None}
+        if self.kind.replaces:  # whole modules: what stands inside of one belongs to it
+            held = {path for path in held if not any(path.startswith(f"{around}.") for around in held)}
         found = {path: site for path, site in sites.items() if path in held}
         self._check_targets([path for path, site in sites.items() if not site.experts], found)
         return [*found]
@@ -244,20 +249,22 @@ class _Reading:
         """Whether fields beside target_modules say what an adapter acts on."""
         return bool(self.config.get("target_parameters") or self.config.get("ensure_weight_tying"))
 
-    def _fitted(self, method: Method, sites: Sequence[Site]) -> Tensors:
+    def _fitted(self, method: Method, sites: Sequence[Site], beside: bool = False) -> Tensors:
         """Every tensor of one method in its place, in this library's shape; they are taken out of `stored`."""
         tensors: dict[str, dict[str, Tensor]] = {}
-        for wanted, (path, name, shape) in _keys(method, sites).items():
+        for own, (path, name, shape) in _keys(method, sites).items():
+            wanted = method.key_beside(own) if beside else own
             key = self._stored_key(wanted, path)
             value = self.stored.pop(key)
             check_shape(key, tuple(value.shape), shape, self.base, self.where)
             if path != CONSTANTS and name not in method.whole_numbers:
                 check_numbers(key, value, self.where)
             tensors.setdefault(path, {})[name] = value if path == CONSTANTS else method.own_shape(name, value)
+        common = {**tensors.get("", {}), **tensors.get(CONSTANTS, {})}
         for site in sites:
             for end, name in method.copied_keys(site).items():
                 key = f"{ROOT}{site.path}.{end}"
-                if key in self.stored and not torch.equal(self.stored.pop(key), tensors[CONSTANTS][name]):
+                if key in self.stored and not torch.equal(self.stored.pop(key), common[name]):
                     raise FormatError(f"{key!r} in {self.where} is not what all sites share", "Save the adapter again.")
         return tensors
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import distributed, nn
+
+from inlay.runtime.processes import by_kind
 
 __all__ = ["average_gradients", "broadcast"]
 
@@ -17,7 +19,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     if processes() == 1:
         return
-    for alike in _by_kind(parameters):
+    for alike in by_kind(parameters):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(flat)
@@ -31,7 +33,7 @@ def broadcast(parameters: Iterable[nn.Parameter]) -> None:
     """Give every process the first one's values."""
     if processes() == 1:
         return
-    for alike in _by_kind(parameters):
+    for alike in by_kind(parameters):
         flat = torch.cat([p.detach().flatten() for p in alike])
         distributed.broadcast(flat, src=0)
         for parameter, part in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
@@ -42,11 +44,3 @@ def processes() -> int:
     """How many processes torch.distributed has brought together; 1 where it was not started."""
     started = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if started else 1
-
-
-def _by_kind(parameters: Iterable[nn.Parameter]) -> Sequence[Sequence[nn.Parameter]]:
-    """In groups of one dtype and device, so that each is one message."""
-    groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-    return list(groups.values())

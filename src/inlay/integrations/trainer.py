@@ -42,6 +42,10 @@ class InlayCallback(TrainerCallback):
     def __init__(self, bank: Bank, name: str, out: str | Path | None = None) -> None:
         if name not in bank.adapters:
             raise UsageError(f"no adapter is called {name!r}", f"Adapters here: {', '.join(bank.adapters) or 'none'}.")
+        for method in bank.adapters[name].methods:
+            if method.changes_values:
+                what = f"{method.title} changes its parameters between steps, which a Trainer does not ask it to"
+                raise UsageError(what, "Train it with `inlay train`.")
         self.bank, self.name, self.out = bank, name, None if out is None else Path(out)
         self.parameters = list(bank.adapters[name].parameters())
 

@@ -17,7 +17,7 @@ __all__ = ["Bottleneck", "Bottlenecks"]
 
 Activation = Callable[[Tensor], Tensor]
 Bottleneck = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | float]
-"""D (r, in), d (r,), U (out, r), u (out,) and the scale of one adapter."""
+"""D (r, in), d (r,), U (out, r), u (out,) and the scale of one adapter: a number, (1,) or (out,)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +41,14 @@ class Bottlenecks:
             whole[: len(down)] = down_bias
             biases.append(whole.view(-1, RANK).repeat(count, 1))
         shifts = [(bias * scale).expand(n, -1) for (*_, bias, scale), n in zip(own, counts, strict=True)]
-        bags = Bags.of(slots, [[(down, up * scale, 1.0) for down, _, up, _, scale in own]])
+        bags = Bags.of(slots, [[(down, _scaled(up, scale), 1.0) for down, _, up, _, scale in own]])
         return cls(bags, torch.cat(biases), torch.cat(shifts), activation)
 
     def __call__(self, z: Tensor) -> Tensor:
         """(n, out), of z (n, in)."""
         low = self.activation(self.bags.low(z).add_(self.bias))
         return self.bags.high(low, 0).add_(self.shift)
+
+
+def _scaled(up: Tensor, scale: Tensor | float) -> Tensor:
+    return up * (scale[:, None] if isinstance(scale, Tensor) else scale)

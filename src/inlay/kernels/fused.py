@@ -37,8 +37,8 @@ def fused_modules(model: nn.Module) -> dict[nn.Module, Forward]:
 @torch.no_grad()
 def _alike(module: nn.Module, fused: Forward, dtype: torch.dtype) -> bool:
     """Whether both give the same but for the last bits; `dtype` is for modules whose weights are all quantized."""
-    first = next(module.parameters())
-    if first.device.type == "meta":
+    first = next(module.parameters(), None)
+    if first is None or first.device.type == "meta":
         return False
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
     width = next(

@@ -22,7 +22,7 @@ from inlay.data.prompting import prompting_of
 from inlay.errors import InlayError, UsageError
 from inlay.runs.tasking import head_of
 
-__all__ = ["merge_to_folder"]
+__all__ = ["check_out", "finite_logits", "logits_of", "merge_to_folder", "probe"]
 
 OVERHEAD = 64 * 2**20
 """Bytes beside the weights: tokenizer, settings and the file system's own."""
@@ -37,7 +37,7 @@ def merge_to_folder(base: str, adapter: str, out: str, dtype: str = "float32") -
     method has no weights; InlayError where the disk is too small or base or adapter give no numbers.
     """
     folder, source = Path(out).expanduser(), adapter_folder(adapter)
-    _check_out(folder)
+    check_out(folder)
     values, own = weights_stored(resolve(base))
     chosen = (own or "float32") if dtype == "auto" else dtype
     need = values * pick_dtype(chosen).itemsize + OVERHEAD
@@ -47,10 +47,12 @@ def merge_to_folder(base: str, adapter: str, out: str, dtype: str = "float32") -
     model: Any = opened.model
     bank = attach(model)
     bank.load("adapter", source)
-    inputs = _probe(model)
-    _finite(_logits(model, inputs), f"base {base}", "Use --dtype float32, or copy the base again.")
+    inputs = probe(model)
+    finite_logits(logits_of(model, inputs), f"base {base}", "Use --dtype float32, or copy the base again.")
     with bank.route(["adapter"]):
-        expected = _finite(_logits(model, inputs), f"the adapter in {source}", "Train it again, or use its run's best.")
+        expected = finite_logits(
+            logits_of(model, inputs), f"the adapter in {source}", "Train it again, or use its run's best."
+        )
     bank.merge("adapter")
     bank.detach()
     difference = _written(opened, folder, inputs, expected, need)
@@ -77,7 +79,7 @@ def _written(opened: Base, folder: Path, inputs: dict[str, Tensor], expected: Te
             if opened.tokenizer is not None:
                 opened.tokenizer.save_pretrained(beside)
         again: Any = load_base(str(beside), dtype_name(opened.dtype)).model
-        difference = float((_logits(again, inputs) - expected).abs().max())
+        difference = float((logits_of(again, inputs) - expected).abs().max())
         if folder.exists():
             folder.rmdir()
         os.chmod(beside, 0o755)
@@ -91,7 +93,7 @@ def _written(opened: Base, folder: Path, inputs: dict[str, Tensor], expected: Te
     return difference
 
 
-def _check_out(folder: Path) -> None:
+def check_out(folder: Path) -> None:
     if folder.is_dir():
         if any(folder.iterdir()):
             raise UsageError(f"--out {folder} exists and is not empty", "Choose another folder.")
@@ -125,18 +127,18 @@ def _full(error: Exception) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
-def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The base's logits in float32, or its last states where it has no head."""
     return model(**inputs)[0].float()
 
 
-def _finite(logits: Tensor, what: str, remedy: str) -> Tensor:
+def finite_logits(logits: Tensor, what: str, remedy: str) -> Tensor:
     if not bool(logits.isfinite().all()):
         raise InlayError(f"{what} gives logits that are NaN or infinite", remedy)
     return logits
 
 
-def _probe(model: Any) -> dict[str, Tensor]:
+def probe(model: Any) -> dict[str, Tensor]:
     """One row of random ids (1, 32), or of random pixels, as the base takes it."""
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":

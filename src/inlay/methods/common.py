@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.errors import UsageError
@@ -17,6 +18,7 @@ from .contract import Layers, Method, Site, Structure, check_pattern, parse_laye
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "Patterned",
     "Ranks",
     "Scales",
     "check_named",
@@ -26,7 +28,30 @@ __all__ = [
     "patterned",
 ]
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh}
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _linear(x: Tensor) -> Tensor:
+    return x
+
+
+ACTIVATIONS = {
+    "relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+    "leakyrelu": F.leaky_relu, "leaky_relu": F.leaky_relu, "relu6": F.relu6, "relu2": _relu2, "mish": F.mish,
+    "gelu_new": _gelu_tanh, "gelu_fast": _gelu_tanh, "gelu_accurate": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python": F.gelu, "quick_gelu": _quick_gelu, "linear": _linear,
+}  # fmt: skip
+"""By transformers' names, which AdapterHub takes."""
 Activation = Annotated[str, OneOf(tuple(ACTIVATIONS), "non_linearity"), Help("between the two projections")]
 
 Ranks = Annotated[Mapping[str, Count], Help("other ranks, by the end of a module's path")]
@@ -60,6 +85,26 @@ def check_named(method: Method, sites: Sequence[Site], *names: str) -> None:
             if not any(patterned({pattern: 1.0}, site.path, 0.0) for site in sites):
                 what = f"{method.title}'s {name} names {pattern!r}, which no target ends in"
                 raise UsageError(what, "Name a target.")
+
+
+class Patterned(Method):
+    """Base of methods whose rank `r` and scale `alpha` patterns may change, by the end of a module's path."""
+
+    r: int
+    rank_pattern: Ranks
+    alpha_pattern: Scales
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_patterns(self, "rank_pattern", "alpha_pattern")
+
+    def check_fit(self, sites: Sequence[Site]) -> None:
+        check_named(self, sites, "rank_pattern", "alpha_pattern")
+        for site in sites:
+            check_rank(self, self.rank(site), site)
+
+    def rank(self, site: Site) -> int:
+        return int(patterned(self.rank_pattern, site.path, self.r))
 
 
 def check_rank(method: Method, r: int, site: Site) -> None:

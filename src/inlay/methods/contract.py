@@ -8,9 +8,9 @@ which adapter is not its concern, and how many adapters are computed together is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Le
@@ -23,8 +23,11 @@ from inlay.sites.structure import Structure
 from inlay.sites.targets import check_pattern, parse_layers, select_projections
 from inlay.values import Checked, Count, Help, Share
 
+from .around import Around, Probe, Values
 from .form import BottleneckForm, LinearForm, merged
+from .over import Over
 from .peft_fields import Fields
+from .token_view import Tokens
 
 __all__ = [
     "BottleneckForm",
@@ -34,10 +37,12 @@ __all__ = [
     "LinearForm",
     "Method",
     "Params",
+    "Probe",
     "Site",
     "Structure",
     "Targets",
     "Tokens",
+    "Values",
     "check_pattern",
     "merged",
     "parse_layers",
@@ -63,30 +68,8 @@ Params = Mapping[str, Tensor]
 method's `constants` are, and what it `derive`d."""
 
 
-class Tokens(Protocol):
-    """The n tokens that a method is computed for.
-
-    `position` counts each token in its own row from 0, and is -1 for virtual tokens and padding; `length` is the length
-    of its row's prompt, or of the row where nobody says; both are int64 (n,).
-    """
-
-    @property
-    def position(self) -> Tensor: ...
-    @property
-    def length(self) -> Tensor: ...
-    def dropout(self, x: Tensor, p: float) -> Tensor:
-        """x (n, width) with a share p dropped, by masks that belong to the token wherever it stands in a batch; x
-        itself outside of training."""
-        ...
-
-    def normal(self, like: Tensor) -> Tensor | None:
-        """Standard normal numbers of the shape and dtype of `like` (n, width), which belong to the token as masks do;
-        None outside of training."""
-        ...
-
-
 @dataclass(frozen=True)
-class Method(Checked, ABC):
+class Method(Checked, Around, Over, ABC):
     """Base of every method; `title` and `paper` are shown to people.
 
     Its fields are its settings, checked when one is made (see `inlay.values`).
@@ -112,9 +95,6 @@ class Method(Checked, ABC):
 
     peft_bias: ClassVar[bool] = False
     """Whether HF PEFT's config of the method has a field `bias`, which says that biases of the base are trained too."""
-    uncast: ClassVar[tuple[str, ...]] = ()
-    """Parameters that stay float32 where the base computes in fewer bits, which would lose their small changes."""
-
     lr: ClassVar[float] = 1e-3
     """The learning rate to begin with, by benchmarks/learning_rates.py and the paper; see `usual_rate`."""
 
@@ -148,6 +128,10 @@ class Method(Checked, ABC):
         """
         return {}
 
+    def draw(self, params: Params, dropout: Callable[[Tensor, float], Tensor]) -> Params:
+        """What training draws anew at each step for the shared `params`; `derive` finds it among them."""
+        return {}
+
     # ---- linear, embedding and norm sites
 
     def form(self, params: Params, site: Site) -> LinearForm:
@@ -156,7 +140,12 @@ class Method(Checked, ABC):
 
     @classmethod
     def has_form(cls) -> bool:
-        return cls.form is not Method.form
+        return cls.has("form")
+
+    @classmethod
+    def has(cls, name: str) -> bool:
+        """Whether the class says for itself what `name` is, a function of this contract."""
+        return getattr(cls, name) is not getattr(Method, name)
 
     def scales_input(self, site: Site) -> bool:
         """Whether the form has an `in_scale` at this site."""
@@ -179,6 +168,11 @@ class Method(Checked, ABC):
         At a sublayer, y is what attention or MLP gives and x the residual stream that y will be added to; at a block, y
         is the stream behind it and x the one before it.
         """
+        raise NotImplementedError
+
+    def input(self, params: Params, x: Tensor, site: Site, tokens: Tokens) -> Tensor:
+        """What the module reads instead of x (n, in), for ONE adapter. A method that has it acts by it alone, and at
+        most one acts on a module's input."""
         raise NotImplementedError
 
     def whole(self, params: Params, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -205,6 +199,9 @@ class Method(Checked, ABC):
         """Keys and values put before those of a sequence."""
         return 0
 
+    moves_positions: ClassVar[bool] = True
+    """Whether a row's own positions are counted from behind its prefix."""
+
     @property
     def virtual_length(self) -> int:
         """Embeddings put before those of a sequence."""
@@ -216,6 +213,11 @@ class Method(Checked, ABC):
 
     def prefix(self, params: Params, site: Site, index: int) -> tuple[Tensor, Tensor]:
         """Keys (heads, n, head_dim) and values (heads, n, value_dim) at the `index`-th attention site."""
+        raise NotImplementedError
+
+    def prefix_gates(self, params: Params, x: Tensor, site: Site, tokens: Tokens) -> Tensor:
+        """By what the row of each token multiplies its keys and values, (n, 2), equal in a row; x is what attention
+        reads, (n, in)."""
         raise NotImplementedError
 
     def virtual(self, params: Params) -> Tensor:
@@ -231,6 +233,10 @@ class Method(Checked, ABC):
         return self, params
 
     # ---- checkpoints
+
+    def compacted(self, values: Values, sites: Sequence[Site]) -> tuple[Method, Values]:
+        """The method and the parameters of its sites to save, which do the same in fewer or plainer ones."""
+        return self, values
 
     def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
         """For each parameter at `site`, the end of its key in an HF PEFT checkpoint and its shape there."""
@@ -249,7 +255,8 @@ class Method(Checked, ABC):
         return {}
 
     def copied_keys(self, site: Site) -> dict[str, str]:
-        """Ends of keys at `site` that a checkpoint may have beside those, with the constant that each holds again."""
+        """Ends of keys at `site` that a checkpoint may have beside those, with the constant, or the shared parameter,
+        that each holds again."""
         return {}
 
     @classmethod
@@ -268,6 +275,10 @@ class Method(Checked, ABC):
         `keys` (without HF PEFT's root); None where it describes none.
         """
         return None
+
+    def key_beside(self, key: str) -> str:
+        """The key of a parameter where the method stands in another one's config, from the one that it has alone."""
+        return key
 
     def beside_whole_base(
         self, config: Mapping[str, Any], values: Mapping[str, Mapping[str, Tensor]], sites: Sequence[Site]

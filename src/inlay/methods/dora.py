@@ -31,6 +31,7 @@ class DoRA(LoRA):
     title = "DoRA"
     paper = "arXiv:2402.09353"
     uncast = ("m",)  # it begins as m = |W|: their quotient is 1 to the last bit
+    begins_inside = False  # its norms are those of W + s B A
 
     def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         made = super().create(site, generator)
@@ -60,10 +61,6 @@ class DoRA(LoRA):
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
         return super().claims(config) and bool(config.get("use_dora"))
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> LoRA:
-        return super().from_peft({**config, "use_dora": False}, paths)
 
 
 def _weight(site: Site) -> Tensor:

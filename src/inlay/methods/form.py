@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from inlay.errors import UsageError
 from inlay.sites.site import Site, plain_call
 
-__all__ = ["BottleneckForm", "LinearForm", "merged"]
+__all__ = ["BottleneckForm", "LinearForm", "behind", "merged"]
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,18 @@ class BottleneckForm:
     def read(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """z (n, hidden)."""
         if self.reads == "behind":
-            return x + y if site.norm is None else plain_call(site.norm, {}, x + y)
+            return behind(x, y, site)
         return y if self.reads == "output" else x
 
     def added(self, z: Tensor) -> Tensor:
         """What is added to y, (n, hidden)."""
         made = F.linear(self.activation(F.linear(z, self.down, self.down_bias)), self.up, self.up_bias)
         return made if isinstance(self.scale, float) and self.scale == 1.0 else made * self.scale
+
+
+def behind(x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """The stream behind a sublayer that gives y: x + y, in a post-norm block behind its norm."""
+    return x + y if site.norm is None else plain_call(site.norm, {}, x + y)
 
 
 def merged(forms: Sequence[LinearForm], site: Site) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from inlay.errors import UsageError
 from inlay.values import Help
 
 from .contract import Method, Params, Site, Structure, Tokens
+from .own_modules import check_own, separate
 from .peft_fields import LORA_FIELDS
 
 __all__ = ["ModulesToSave"]
@@ -29,7 +30,7 @@ NO_TARGETS = "dummy-target-modules"
 
 @dataclass(frozen=True)
 class ModulesToSave(Method):
-    """Settings: `targets` are endings of module paths; None is every head of the base.
+    """Settings: `targets` are endings of module paths; None is every head, or parts of one that has a parameter twice.
 
     Linear layers, tables and norms may stand anywhere in the base. Modules of several layers stand outside of its
     blocks, and see whole rows.
@@ -46,7 +47,7 @@ class ModulesToSave(Method):
 
     def sites(self, base: Structure) -> list[Site]:
         """Raises: UsageError where a name matches no module, or a module that cannot be trained apart from others."""
-        heads = [site.path for site in base.heads]
+        heads = [path for site in base.heads for path in separate(site.path, site.module)]
         wanted = heads if self.targets is None else list(self.targets)
         paths = {m: p for p, m in base.model.named_modules() if any(True for _ in m.parameters())}
         named = {m: p for m, p in paths.items() if any(p == t or p.endswith("." + t) for t in wanted)}
@@ -58,7 +59,7 @@ class ModulesToSave(Method):
         known = {s.module: s for s in [*base.embeddings, *base.norms, *base.projections]}
         sites = [known.get(module) or Site(path, "head", module, part="head") for module, path in named.items()]
         for site in sites:
-            _check(site, base)
+            check_own(site, base)
         return sites
 
     def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
@@ -109,31 +110,17 @@ def _prefixes(key: str) -> list[str]:
 
 
 def _bare(module: nn.Module, params: Params, path: str = "") -> nn.Module:
-    """`module` without hooks, with `params` in the place of its own; it shares nothing that a call could change."""
+    """`module` without hooks, with `params` in the place of its own, in their dtypes, which need not be that of what it
+    gives; it shares nothing that a call could change."""
     bare = object.__new__(type(module))
     bare.__dict__.update(module.__dict__)
     bare.__dict__.pop("forward", None)  # what stands in for it holds on to `module`
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         bare.__dict__[hooks] = type(module.__dict__[hooks])()
-    bare.__dict__["_parameters"] = {name: params.get(path + name, own) for name, own in module._parameters.items()}
+    own = module._parameters.items()
+    bare.__dict__["_parameters"] = {n: p if p is None else params.get(path + n, p).to(p.dtype) for n, p in own}
     bare.__dict__["_modules"] = {
         name: child if child is None else _bare(child, params, f"{path}{name}.")
         for name, child in module._modules.items()
     }
     return bare
-
-
-def _check(site: Site, base: Structure) -> None:
-    """Raises: UsageError where a copy of the module could not be trained, or would not be what it is in the base."""
-    inner = ", ".join(f"{site.path}.{name}" for name, _ in site.module.named_children())
-    if site.kind == "head" and any(_around(site.path, b) or _around(b, site.path) for b in base.blocks):
-        raise UsageError(f"{site.path} is a part of the base's blocks", "Name linear layers, norms or heads.")
-    if len([*site.module.named_parameters(remove_duplicate=False)]) != len([*site.module.named_parameters()]):
-        raise UsageError(f"{site.path} holds one parameter under two names", f"Name modules inside of it: {inner}.")
-    if site.quantized or not all(p.is_floating_point() for p in site.module.parameters()):
-        raise UsageError(f"{site.path} is quantized and cannot be trained", "Open the base without quantization.")
-
-
-def _around(path: str, other: str) -> bool:
-    """Whether the module at `path` is the one at `other`, or holds it."""
-    return other == path or other.startswith(path + ".")

@@ -13,7 +13,6 @@ whose columns are a1_i o a2_j, and D (r^2, in), whose rows are b1_i o b2_j.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from inlay.values import Count, Help, Positive
 
-from .common import Ranks, Scales, check_named, check_patterns, check_rank, patterned
+from .common import Patterned, Ranks, Scales, check_rank, patterned
 from .contract import Layers, LinearForm, Params, Site, Targets
 from .linear import LAYERS, TARGETS, LinearMethod, dense_form
 from .peft_fields import Fields
@@ -31,7 +30,7 @@ __all__ = ["LoHa"]
 
 
 @dataclass(frozen=True)
-class LoHa(LinearMethod):
+class LoHa(Patterned, LinearMethod):
     """Settings of LoHa, by HF PEFT's names and defaults: `r` is the rank of each product, `alpha` the scale;
     `rank_pattern` and `alpha_pattern` map a name or regular expression over the end of a module's path to its own.
 
@@ -53,18 +52,6 @@ class LoHa(LinearMethod):
     layers: Layers = None
     rank_pattern: Ranks = field(default_factory=dict)
     alpha_pattern: Scales = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_patterns(self, "rank_pattern", "alpha_pattern")
-
-    def check_fit(self, sites: Sequence[Site]) -> None:
-        check_named(self, sites, "rank_pattern", "alpha_pattern")
-        for site in sites:
-            check_rank(self, self.rank(site), site)
-
-    def rank(self, site: Site) -> int:
-        return int(patterned(self.rank_pattern, site.path, self.r))
 
     def _shapes(self, site: Site) -> dict[str, tuple[int, int]]:
         left, right = (site.out_features, self.rank(site)), (self.rank(site), site.in_features)

@@ -7,14 +7,15 @@ Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with Lo
 Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models" (arXiv:2402.12354).
 
 Shapes: A is (r, in), B is (out, r). On an embedding `in` counts the rows of the table, and A's columns are looked up.
-On the parameter of E experts, A is (E, r, in) and B (E, out, r): each expert has a product of its own.
+On the parameter of E experts, A is (E, r, in) and B (E, out, r): each expert has a product of its own. Where a start is
+taken back (see `lora_starts`) there are A0 and B0 of the same shapes, which are not trained.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -25,16 +26,17 @@ from inlay.sites.parameters import select_experts, split_targets
 from inlay.sites.targets import select_projections
 from inlay.values import Count, Help, Positive
 
-from .common import Ranks, Scales, check_named, check_patterns, check_rank, patterned
-from .contract import Dropout, Layers, LinearForm, Method, Params, Site, Structure, Targets
-from .peft_fields import LORA_FIELDS
-from .starts import began_inside, doubled, doubled_settings
+from .common import Patterned, Ranks, Scales, patterned
+from .contract import Dropout, Layers, LinearForm, Method, Params, Site, Structure, Targets, Values
+from .lora_starts import INSIDE, Starts
+from .peft_fields import LORA_FIELDS, check_one_variant
+from .starts import began_inside, doubled
 
 __all__ = ["LoRA"]
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(Starts, Patterned):
     """Settings of LoRA.
 
     `r` is the rank and `alpha` the scale (2r where None); `targets` are module names, groups or a regular expression,
@@ -42,6 +44,7 @@ class LoRA(Method):
     path to its own r or alpha; `use_rslora` divides by sqrt(r); `dropout` is the share of x's entries that the product
     does not see in training; `loraplus_lr_ratio` is by how much faster B learns than A (with a lower rate than usual).
     `target_parameters` are parameters that hold a mixture's experts, which `targets` leave out but for "experts".
+    `init` and the settings behind it say how A and B begin (`lora_starts.Starts`).
     """
 
     title = "LoRA"
@@ -49,6 +52,7 @@ class LoRA(Method):
     peft_type = "LORA"
     peft_fields = LORA_FIELDS
     peft_bias = True
+    untrained = frozenset({"A0", "B0"})
 
     r: Annotated[Count, Help("rank of the product; 4 to 32 is usual")] = 8
     alpha: Annotated[Positive | None, Help("scale of the product; 2r where unset")] = None
@@ -64,10 +68,6 @@ class LoRA(Method):
     dropout: Dropout = 0.0
     loraplus_lr_ratio: Annotated[Positive, Help("by how much faster B learns than A (LoRA+); 16 in its paper")] = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_patterns(self, "rank_pattern", "alpha_pattern")
-
     def sites(self, base: Structure) -> list[Site]:
         targets, every = split_targets(self.targets)
         if not every and not self.target_parameters:
@@ -80,36 +80,37 @@ class LoRA(Method):
         return [*(select_projections(base, targets, self.layers) if targets else []), *experts]
 
     def check_fit(self, sites: Sequence[Site]) -> None:
-        check_named(self, sites, "rank_pattern", "alpha_pattern")
-        for site in sites:
-            check_rank(self, self.rank(site), site)
+        super().check_fit(sites)
+        self.check_start(sites)
 
-    def rank(self, site: Site) -> int:
-        return int(patterned(self.rank_pattern, site.path, self.r))
+    def alpha_at(self, site: Site) -> float:
+        return patterned(self.alpha_pattern, site.path, 2 * self.r if self.alpha is None else self.alpha)
 
     def scale(self, site: Site) -> float:
-        r = self.rank(site)
-        default = 2 * self.r if self.alpha is None else self.alpha
-        return patterned(self.alpha_pattern, site.path, default) / (math.sqrt(r) if self.use_rslora else r)
+        return self.alpha_at(site) / (math.sqrt(self.rank(site)) if self.use_rslora else self.rank(site))
 
     def rate(self, site: Site | None, key: str) -> float:
         return self.loraplus_lr_ratio if key == "B" and site is not None and not site.is_embedding else 1.0
 
     def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        r = self.rank(site)
-        stack = (site.experts,) if site.experts else ()
-        a, b = torch.zeros(*stack, r, site.in_features), torch.zeros(*stack, site.out_features, r)
-        if site.is_embedding:  # as the reference does: a table's columns start at zero
-            torch.nn.init.normal_(b, generator=generator)
-        else:
-            torch.nn.init.kaiming_uniform_(a.view(-1, site.in_features), a=math.sqrt(5), generator=generator)
-        return {"A": a, "B": b}
+        return self.fresh(site, generator)
+
+    def derive(self, params: Params, site: Site | None) -> Params:
+        """D (2r, in) and U (out, 2r) of what is left when the start is taken back."""
+        if site is None or "A0" not in params:
+            return {}
+        a, b, a0, b0 = (params[name] for name in ("A", "B", "A0", "B0"))
+        return {"down": torch.cat([a, a - a0]), "up": torch.cat([b - b0, b0], 1)}
 
     def form(self, params: Params, site: Site) -> LinearForm:
-        return LinearForm(params["A"], params["B"], self.scale(site) * site.table_scale)
+        down, up = (params.get(whole, params[own]) for whole, own in (("down", "A"), ("up", "B")))
+        return LinearForm(down, up, self.scale(site) * site.table_scale)
 
     def form_dropout(self) -> float:
         return self.dropout
+
+    def compacted(self, values: Values, sites: Sequence[Site]) -> tuple[Method, Values]:
+        return (self.doubled(), self.without_start(values, sites)) if self.init in INSIDE else (self, values)
 
     def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
         ends = ("lora_embedding_A", "lora_embedding_B") if site.is_embedding else ("lora_A.weight", "lora_B.weight")
@@ -127,13 +128,11 @@ class LoRA(Method):
         }  # fmt: skip
 
     def beside_whole_base(
-        self, config: Mapping[str, Any], values: Mapping[str, Mapping[str, Tensor]], sites: Sequence[Site]
-    ) -> tuple[Method, Mapping[str, Mapping[str, Tensor]]]:
+        self, config: Mapping[str, Any], values: Values, sites: Sequence[Site]
+    ) -> tuple[Method, Values]:
         if not began_inside(config):
             return self, values
-        grown = {name: getattr(self, name) for name in ("r", "alpha", "rank_pattern", "alpha_pattern")}
-        method = replace(self, **doubled_settings(**grown, root=self.use_rslora))
-        return method, {site.path: doubled(values[site.path], config, self, site) for site in sites}
+        return self.doubled(), {site.path: doubled(values[site.path], config, self, site) for site in sites}
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
@@ -141,6 +140,7 @@ class LoRA(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> LoRA:
+        check_one_variant(config)
         experts = [path for path in config.get("target_parameters") or () if path in paths]
         return cls(
             r=config["r"], alpha=config["lora_alpha"], targets=[path for path in paths if path not in experts],

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from inlay.values import Count, Help, Positive
 
-from .bottleneck import Reduction
+from .bottleneck_settings import Reduction
 from .common import Activation
 from .contract import Dropout, Layers, Length, Method
 from .parallel import Parallel

@@ -41,12 +41,16 @@ class NormTuning(Method):
         sites = base.norms
         if self.targets is not None:
             sites = [s for s in sites if any(s.path == t or s.path.endswith("." + t) for t in self.targets)]
+            if not sites:
+                names = ", ".join(sorted({s.name for s in base.norms})) or "none"
+                raise UsageError(f"norm targets {self.targets!r} match no norm of the base", f"Norms: {names}.")
+        if not sites:
+            raise UsageError("the base has no norm of one input with a weight of its own", "Choose LoRA.")
         if self.layers is not None:
             kept = parse_layers(self.layers, 1 + max(base.blocks.values(), default=-1))
             sites = [s for s in sites if s.layer in kept]
-        if not sites:
-            names = ", ".join(sorted({s.name for s in base.norms})) or "none"
-            raise UsageError(f"norm targets {self.targets!r} match no norm of the base", f"Norms: {names}.")
+            if not sites:
+                raise UsageError(f"layers {self.layers!r} hold none of the norms", "Name other layers.")
         return sites
 
     def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:

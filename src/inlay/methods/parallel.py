@@ -19,8 +19,8 @@ from torch import Tensor
 
 from inlay.values import Help, Positive
 
-from .bottleneck import BehindAttention, Bottleneck, Reads, Reduction
-from .contract import Params, Site
+from .bottleneck import Bottleneck
+from .bottleneck_settings import BehindAttention, InitWeights, Reduction, Scaling
 
 __all__ = ["Parallel", "ScaledParallel"]
 
@@ -36,20 +36,9 @@ class Parallel(Bottleneck):
 
     reduction_factor: Reduction = 2
     mh_adapter: BehindAttention = False
-    scaling: Annotated[Positive, Help("by what the adapter's output is multiplied")] = 4.0
-
-    def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        wide, small = site.out_features, self.size(site)
-        bound = wide**-0.5
-        return {
-            "down": torch.empty(small, wide).uniform_(-bound, bound, generator=generator),
-            "down_bias": torch.zeros(small),
-            "up": torch.zeros(wide, small),
-            "up_bias": torch.zeros(wide),
-        }
-
-    def reads(self) -> Reads:
-        return "stream"
+    scaling: Scaling = 4.0
+    is_parallel: Annotated[bool, Help("read the stream that the sublayer's output is added to")] = True
+    init_weights: InitWeights = "mam_adapter"
 
 
 @dataclass(frozen=True)
@@ -61,11 +50,8 @@ class ScaledParallel(Parallel):
 
     scaling: Annotated[Positive, Help("where the trained scale begins")] = 1.0
 
-    def create(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        return {**super().create(site, generator), "scale": torch.full((1,), float(self.scaling))}
+    def further_shapes(self, wide: int) -> dict[str, tuple[int, ...]]:
+        return {**super().further_shapes(wide), "scale": (1,)}
 
-    def scale(self, params: Params) -> Tensor:
-        return params["scale"]
-
-    def peft_keys(self, site: Site) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {**super().peft_keys(site), "scale": ("scaling", (1,))}
+    def drawn(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.full(shape, float(self.scaling)) if name == "scale" else super().drawn(name, shape, generator)

@@ -10,16 +10,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from inlay.errors import FormatError
+
 __all__ = [
+    "ADALORA_FIELDS",
     "COMMON",
     "IA3_FIELDS",
     "LORA_FIELDS",
     "NORM_FIELDS",
     "PREFIX_FIELDS",
     "PROMPT_FIELDS",
+    "SIZES",
     "VERA_FIELDS",
     "Fields",
+    "check_one_variant",
 ]
+
+
+VARIANTS = ("use_dora", "lora_bias", "alora_invocation_tokens")
+"""Fields that make another method of LoRA, of which a config may set one."""
+
+
+def check_one_variant(config: Mapping[str, Any]) -> None:
+    """Raises: FormatError where a config sets several."""
+    found = [name for name in VARIANTS if config.get(name)]
+    if len(found) > 1:
+        raise FormatError(f"the adapter sets {' and '.join(found)}, which do not go together here", "Use one of them.")
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ COMMON = Fields(
 """Fields of every type."""
 
 _LAYERS = {"layers_to_transform": None, "layers_pattern": None}
-_VIRTUAL = {"token_dim": None, "num_attention_heads": None, "num_layers": None}
+SIZES = {"token_dim": None, "num_attention_heads": None, "num_layers": None}
 """Sizes of the base, which the shape of the tensor shows again."""
 
 
@@ -74,7 +90,10 @@ LORA_FIELDS = Fields(
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_dora": False,
+        "lora_bias": False,
+        "alora_invocation_tokens": None,
         "ensure_weight_tying": False,
+        "trainable_token_indices": None,
     },
     passed={
         "fan_in_fan_out": False,  # how the base stores a weight
@@ -88,18 +107,55 @@ LORA_FIELDS = Fields(
     },
     refused={
         "megatron_config": None,
-        "trainable_token_indices": None,
         "velora_config": None,
-        "alora_invocation_tokens": None,
         "use_qalora": False,
         "monteclora_config": None,
         "layer_replication": None,
-        "lora_bias": False,
         "use_bdlora": None,
         "arrow_config": None,
         "kasa_config": None,
     },
     older={"enable_lora": None, "merge_weights": False},
+)
+
+ADALORA_FIELDS = Fields(
+    read={
+        "target_r": 8,
+        "init_r": 12,
+        "lora_alpha": 8,
+        "target_modules": None,
+        "exclude_modules": None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "modules_to_save": None,
+        **_LAYERS,
+        "tinit": 0,
+        "tfinal": 0,
+        "deltaT": 1,
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "orth_reg_weight": 0.5,
+        "rank_pattern": None,
+    },
+    passed={
+        **{name: value for name, value in LORA_FIELDS.passed.items() if name != "loftq_config"},
+        "r": 8,  # init_r is what counts
+        "init_lora_weights": True,  # of those that change the base, AdaLoRA's layers know none
+        "total_step": None,
+        # of LoRA's layers alone
+        "alpha_pattern": {},
+        "use_rslora": False,
+    },
+    refused={
+        **LORA_FIELDS.refused,
+        "loftq_config": {},
+        "alora_invocation_tokens": None,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "lora_bias": False,
+        "use_dora": False,
+        "ensure_weight_tying": False,
+    },
 )
 
 IA3_FIELDS = Fields(
@@ -127,7 +183,7 @@ NORM_FIELDS = Fields(read={"target_modules": None, "exclude_modules": None, "mod
 PREFIX_FIELDS = Fields(
     read={"num_virtual_tokens": None, "modules_to_save": None},
     passed={
-        **_VIRTUAL,
+        **SIZES,
         "init_weights": None,
         "num_transformer_submodules": None,
         "encoder_hidden_size": None,
@@ -138,7 +194,7 @@ PREFIX_FIELDS = Fields(
 PROMPT_FIELDS = Fields(
     read={"num_virtual_tokens": None, "num_transformer_submodules": None, "modules_to_save": None},
     passed={
-        **_VIRTUAL,
+        **SIZES,
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": None,
         "tokenizer_name_or_path": None,

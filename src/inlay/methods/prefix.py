@@ -1,10 +1,12 @@
 """Prefix tuning: keys and values, learned for every layer, that each token sees beside those of its sequence.
 
-    attention(q, [P_k; K], [P_v; V])        P = MLP(E) while training with prefix_projection, else P itself
+    attention(q, [P_k; K], [P_v; V])        P = g * MLP(E) while training with prefix_projection, else g * P itself
 
 Paper: Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation" (arXiv:2101.00190).
+
 Shapes: P is (n, 2 L heads head_dim), layer by layer, keys before values. With `prefix_projection`, E is (n, d), and the
-network W1 (h, d), b1 (h,), W2 (2 L d, h), b2 (2 L d,) with d = heads head_dim; it is multiplied out when saved.
+network W1 (h, d), b1 (h,), W2 (2 L d, h), b2 (2 L d,) with d = heads head_dim. Gates g are (2 L, heads), one for all
+keys of a head, one for all its values. Network and gates are multiplied out when saved.
 """
 
 from __future__ import annotations
@@ -19,19 +21,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.errors import UsageError
+from inlay.sites.keys import keys_and_values
 from inlay.sites.observe import attention_sites, uses_interface
-from inlay.values import Count, Help
+from inlay.values import Count, Help, OneOf
 
-from .contract import Length, Method, Params, Site, Structure
+from .contract import Method, Params, Site, Structure, Values
 from .peft_fields import PREFIX_FIELDS
+from .virtual import VirtualTokens, network_start, token_table
 
 __all__ = ["PrefixTuning"]
 
 
 @dataclass(frozen=True)
-class PrefixTuning(Method):
-    """Settings: `num_virtual_tokens` prefix keys a layer; `prefix_projection` trains them through a network of width
-    `encoder_hidden_size` (that of the keys where None).
+class PrefixTuning(VirtualTokens):
+    """Settings: those of `VirtualTokens`, where tokens to start as stand for the keys and values that the base computes
+    for them as a text, and "zero" for zeros; `prefix_projection` trains prefixes through a network of width
+    `encoder_hidden_size` (that of the keys where None); `gated` multiplies those of each head by learned gates, which
+    start at 0 where prefixes start at random, else at 1.
 
     A decoder that attends to an encoder has prefixes in its self-attention, laid out as the reference does: layer i
     takes the pair 4i mod 2L.
@@ -42,11 +48,21 @@ class PrefixTuning(Method):
     peft_type = "PREFIX_TUNING"
     peft_fields = PREFIX_FIELDS
     lr = 0.01
-    placed_by_settings = True
+    whole_text = True  # a row's first key draws much of the attention: it should be what it is in texts
 
-    num_virtual_tokens: Annotated[Length, Help("keys put before a row's own in each layer; 10 to 20 is usual")] = 20
+    init: Annotated[
+        str, OneOf(("random", "zero", "vocab", "text"), "init"),
+        Help("random or zero, or the base's keys and values for random tokens (vocab) or init_text (text)"),
+    ] = "random"  # fmt: skip
     prefix_projection: Annotated[bool, Help("train them through a small network, folded away when saved")] = False
     encoder_hidden_size: Annotated[Count | None, Help("width of that network; that of the keys where unset")] = None
+    gated: Annotated[bool, Help("multiply them by learned gates for each head, folded away when saved")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prefix_projection and self.init in ("vocab", "text"):
+            what = f"init {self.init!r} gives keys and values, which no network of prefix_projection can start as"
+            raise UsageError(what, "Leave one of them out.")
 
     @property
     def usual_rate(self) -> float:
@@ -63,30 +79,46 @@ class PrefixTuning(Method):
             raise UsageError("the base takes no keys and values from outside its attention", "Choose LoRA.")
         if not sites:
             raise UsageError("prefix tuning finds no attention with keys and values in this base", "Choose LoRA.")
-        if len({(s.heads, s.head_dim, s.value_dim) for s in sites}) > 1:
-            raise UsageError("the base's layers have keys of different sizes", "Prefix tuning needs equal ones.")
-        if any(s.head_dim != s.value_dim for s in sites):
-            raise UsageError("the base's keys and values have different sizes", "Prefix tuning needs equal ones.")
+        uneven = "layers have keys" if len({(s.heads, s.head_dim, s.value_dim) for s in sites}) > 1 else ""
+        uneven = uneven or ("keys and values have" if any(s.head_dim != s.value_dim for s in sites) else "")
+        if uneven:
+            raise UsageError(f"the base's {uneven} different sizes", "Prefix tuning needs equal ones.")
         return sites
 
     def shared(self, sites: Sequence[Site], generator: torch.Generator) -> dict[str, Tensor]:
         n, width = self.num_virtual_tokens, sites[0].heads * sites[0].head_dim
-        total = 2 * len(sites) * width
+        total, zero = 2 * len(sites) * width, self.init == "zero"
+        started = 0.0 if self.init == "random" else 1.0
+        params = {"gate": torch.full((2 * len(sites), sites[0].heads), started)} if self.gated else {}
         if not self.prefix_projection:
-            return {"prefix": torch.randn(n, total, generator=generator)}
+            return {"prefix": torch.zeros(n, total) if zero else torch.randn(n, total, generator=generator), **params}
         inner = self.encoder_hidden_size or width
-        params = {"embedding": torch.randn(n, width, generator=generator)}
-        for name, (rows, columns) in {"1": (inner, width), "2": (total, inner)}.items():
-            bound = columns**-0.5
-            params[f"w{name}"] = torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
-            params[f"b{name}"] = torch.empty(rows).uniform_(-bound, bound, generator=generator)
-        return params
+        params["embedding"] = torch.randn(n, width, generator=generator)
+        shapes = {"w1": ((inner, width), width), "b1": ((inner,), width)}
+        params |= network_start({**shapes, "w2": ((total, inner), inner), "b2": ((total,), inner)}, generator)
+        return params | ({"w2": torch.zeros(total, inner), "b2": torch.zeros(total)} if zero else {})
+
+    def begin_at_base(self, values: Values, sites: Sequence[Site], base: Structure, generator: Any) -> Values:
+        if self.init in ("random", "zero"):
+            return values
+        if sites[0].stack == "decoder":
+            what = "layers of a decoder behind an encoder share prefixes, which cannot start as the keys of each"
+            raise UsageError(what, "Start them at random.")
+        table = token_table(base, "prefix tuning that starts as tokens")
+        found = keys_and_values(base, self.start_ids(self.num_virtual_tokens, table.in_features, generator))
+        pairs = torch.stack([torch.stack(found[site.module]) for site in sites])  # (layers, 2, heads, n, head_dim)
+        return {**values, "": {**values[""], "prefix": pairs.permute(3, 0, 1, 2, 4).flatten(1)}}
 
     def derive(self, params: Params, site: Site | None) -> Params:
-        if site is not None or not self.prefix_projection:
+        if site is not None or not (self.prefix_projection or self.gated):
             return {}
-        inner = F.linear(params["embedding"], params["w1"], params["b1"]).tanh()
-        return {"prefix": F.linear(inner, params["w2"], params["b2"])}
+        if self.prefix_projection:
+            inner = F.linear(params["embedding"], params["w1"], params["b1"]).tanh()
+            params = {**params, "prefix": F.linear(inner, params["w2"], params["b2"])}
+        if not self.gated:
+            return {"prefix": params["prefix"]}
+        gate = params["gate"][..., None]
+        return {"prefix": (params["prefix"].unflatten(1, (*gate.shape[:2], -1)) * gate).flatten(1)}
 
     def prefix(self, params: Params, site: Site, index: int) -> tuple[Tensor, Tensor]:
         width, prefix = site.heads * site.head_dim, params["prefix"]
@@ -97,25 +129,20 @@ class PrefixTuning(Method):
         return keys, values
 
     def export(self, params: Params, sites: Sequence[Site]) -> tuple[Method, Mapping[str, Tensor]]:
-        if not self.prefix_projection:
+        if not (self.prefix_projection or self.gated):
             return self, params
-        plain = replace(self, prefix_projection=False, encoder_hidden_size=None)
+        plain = replace(self, prefix_projection=False, encoder_hidden_size=None, gated=False)
         return plain, {"prefix": self.derive(params, None)["prefix"]}
 
     def shared_keys(self, sites: Sequence[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        width = sites[0].heads * sites[0].head_dim
-        return {"prefix": ("prompt_embeddings", (self.num_virtual_tokens, 2 * len(sites) * width))}
+        total = 2 * len(sites) * sites[0].heads * sites[0].head_dim
+        return {"prefix": ("prompt_embeddings", (self.num_virtual_tokens, total))}
 
     def to_peft(self, sites: Sequence[Site]) -> dict[str, Any]:
-        return {
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "prefix_projection": False,
-            "encoder_hidden_size": sites[0].heads * sites[0].head_dim,
-            "num_layers": len(sites),
-            "num_attention_heads": sites[0].heads,
-            "token_dim": sites[0].heads * sites[0].head_dim,
-            "num_transformer_submodules": 2 if sites[0].stack == "decoder" else 1,
-        }
+        heads, width = sites[0].heads, sites[0].heads * sites[0].head_dim
+        sizes = {"num_layers": len(sites), "num_attention_heads": heads, "token_dim": width}
+        more = {"encoder_hidden_size": width, "num_transformer_submodules": 2 if sites[0].stack == "decoder" else 1}
+        return {"num_virtual_tokens": self.num_virtual_tokens, "prefix_projection": False, **sizes, **more}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], paths: list[str]) -> PrefixTuning:

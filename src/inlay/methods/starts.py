@@ -22,7 +22,7 @@ from torch import Tensor
 from inlay.errors import FormatError
 from inlay.sites.site import Site
 
-__all__ = ["began_inside", "doubled", "doubled_settings"]
+__all__ = ["began_inside", "difference", "doubled", "doubled_settings", "start_of"]
 
 OUTSIDE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base as it is."""
@@ -57,10 +57,14 @@ def doubled(own: Mapping[str, Tensor], config: Mapping[str, Any], method: Ranked
     """`own`, the values at one site, with A (2r, in) and B (out, 2r) that give with the same scale on the base as it is
     what those of `own` give on one without its start. Raises: FormatError where the start cannot be found again."""
     b0, a0 = _start(str(config["init_lora_weights"]), method, site)
-    a = torch.cat([own["A"].to(a0), a0])
-    b = torch.cat([own["B"].to(b0), -b0], 1)
-    down, up = _factored(a, b, 2 * method.rank(site))
-    return {**own, "A": down, "B": up}
+    return {**own, **difference({**own, "A0": a0, "B0": b0})}
+
+
+def difference(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A (2r, in) and B (out, 2r), float64 on the CPU, of the product B A - B0 A0 of `own`."""
+    a, b, a0, b0 = (own[name].detach().double().cpu() for name in ("A", "B", "A0", "B0"))
+    down, up = _factored(torch.cat([a, a - a0]), torch.cat([b - b0, b0], 1), 2 * len(a0))
+    return {"A": down, "B": up}
 
 
 def doubled_settings(
@@ -77,18 +81,13 @@ def doubled_settings(
 
 
 def _start(kind: str, method: Ranked, site: Site) -> tuple[Tensor, Tensor]:
-    """B0 (out, r) and A0 (r, in) of one site, float64 on the CPU; found in float32, as HF PEFT does."""
+    """B0 (out, r) and A0 (r, in) of one site, float64 on the CPU, where they can be found again."""
     if site.kind != "linear" or site.quantized:
         what = "quantized here" if site.quantized else "no linear layer"
         raise FormatError(f"the adapter began inside of the weight of {site.path}, which is {what}", CONVERT)
+    if kind in ("pissa", "olora"):
+        return start_of(kind, method, site)
     weight, r, scale = site.weight().float().cpu(), method.rank(site), method.scale(site)
-    if kind == "olora":
-        q, upper = torch.linalg.qr(weight.t() if site.transposed else weight)  # of the weight as it is stored
-        b0, a0 = q[:, :r].double(), upper[:r].double()
-        return (a0.t(), b0.t()) if site.transposed else (b0, a0)
-    if kind == "pissa":
-        u, s, v = torch.linalg.svd(weight, full_matrices=False)
-        return _split(u[:, :r], s[:r], v[:r], scale)
     rounds = int(kind.rpartition("_")[2])
     one, other = (_split(*_drawn(weight, r, rounds, seed), scale) for seed in (0, 1))
     apart = float((one[0] @ one[1] - other[0] @ other[1]).norm()) * scale / float(weight.norm())
@@ -98,6 +97,17 @@ def _start(kind: str, method: Ranked, site: Site) -> tuple[Tensor, Tensor]:
         )
         raise FormatError(f"{what} {apart:.1%} of {site.path}", CONVERT)
     return one
+
+
+def start_of(kind: str, method: Ranked, site: Site) -> tuple[Tensor, Tensor]:
+    """B0 (out, r) and A0 (r, in) of "pissa" or "olora", float64 on the CPU; found in float32, as HF PEFT does."""
+    weight, r, scale = site.weight().float().cpu(), method.rank(site), method.scale(site)
+    if kind == "olora":
+        q, upper = torch.linalg.qr(weight.t() if site.transposed else weight)  # of the weight as it is stored
+        b0, a0 = q[:, :r].double(), upper[:r].double()
+        return (a0.t(), b0.t()) if site.transposed else (b0, a0)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    return _split(u[:, :r], s[:r], v[:r], scale)
 
 
 def _drawn(weight: Tensor, r: int, rounds: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from inlay.runtime.forward import check_reads
 from inlay.runtime.memory import TokenBudget
 from inlay.runtime.tasks import GENERATE, task_of
 from inlay.sites.positions import table_size
+from inlay.training.gradients import ALONE, Shares
 from inlay.training.plan import Plan
 
 from .dataset import Dataset
@@ -36,18 +37,20 @@ class Context:
     `listed` are those that the caller named, empty where the settings make the one plan.
     All learners read the same `prepared` rows, cut to the fewest positions that any of their methods leaves. `choosing`
     and `final` are the held-out rows. run.json keeps the `notices`. `begun` is the time before the rows were prepared.
+    `shares` spreads each step over processes.
     """
 
     def __init__(
         self, given: Settings, settings: Settings, plans: Sequence[Plan], dataset: Dataset, base: Base, bank: Bank,
         folder: RunFolder, metric: str, budget: TokenBudget, on_message: OnMessage,
-        on_progress: Callable[[int, int], None], listed: Sequence[Plan] = (),
+        on_progress: Callable[[int, int], None], listed: Sequence[Plan] = (), shares: Shares = ALONE,
     ) -> None:  # fmt: skip
         self.begun = time.perf_counter()
         self.given, self.settings, self.dataset, self.base, self.bank = given, settings, dataset, base, bank
         self.plans = {plan.name: plan for plan in plans}
         self.listed = {plan.name: plan_record(plan) for plan in listed}
         self.folder, self.metric, self.budget, self.on_message = folder, metric, budget, on_message
+        self.shares = shares
         self.task = task_of(dataset.template, bank, base.fresh)
         self.task.check(bank)
         if self.task is GENERATE:

@@ -24,13 +24,14 @@ LONGEST = 256
 
 
 def estimate_mb(
-    bank: Bank, learners: Sequence[Learner], examples: Sequence[Example], budget: TokenBudget, task: Task = GENERATE
-) -> dict[str, float]:
+    bank: Bank, learners: Sequence[Learner], examples: Sequence[Example], budget: TokenBudget, task: Task = GENERATE,
+    processes: int = 1,
+) -> dict[str, float]:  # fmt: skip
     """`estimate_mb` for steps as they will be, `least_mb` where each forward takes one row; cuts `budget` to it.
 
     One row runs forward for each learner, and what it saves for its backward is counted; the largest step saves that
-    much a token. The adapters' gradients, two moments of their optimizers and a copy from before each step come on top
-    of the memory in use.
+    much a token, spread over `processes`. The adapters' gradients, two moments of their optimizers and a copy from
+    before each step come on top of the memory in use.
     """
     sizes = token_counts(examples)
     longest = int(sizes.max())
@@ -40,18 +41,18 @@ def estimate_mb(
     states = 4 * sum(p.numel() * p.element_size() for p in tensors)
     fixed = current_memory_mb(budget.device) + states / MB + (KERNELS_MB if budget.device.type == "cpu" else 0)
     budget.fit(fixed, a_token / MB, longest)
-    most = step_tokens(learners, sizes, budget)
+    most = step_tokens(learners, sizes, budget, processes)
     return {"estimate_mb": fixed + a_token * most / MB, "least_mb": fixed + a_token * longest / MB}
 
 
-def step_tokens(learners: Sequence[Learner], sizes: np.ndarray, budget: TokenBudget) -> int:
+def step_tokens(learners: Sequence[Learner], sizes: np.ndarray, budget: TokenBudget, processes: int = 1) -> int:
     """Tokens of the largest forward: a step of the longest rows of all learners, or what the budget allows of it.
 
-    `sizes` (n,) are the examples' lengths.
+    `sizes` (n,) are the examples' lengths. Of several `processes`, each takes an equal share, one row at least.
     """
     ordered = np.sort(sizes)
     whole = sum(int(ordered[-learner.plan.batch_size :].sum()) for learner in learners)
-    return min(whole, max(budget.tokens, int(ordered[-1])))
+    return min(max(-(-whole // processes), int(ordered[-1])), max(budget.tokens, int(ordered[-1])))
 
 
 def _saved(bank: Bank, learner: Learner, example: Example, task: Task) -> int:

@@ -66,6 +66,7 @@ class Record:
             "base_fingerprint": context.base.fingerprint,
             "dtype": context.dtype,
             "threads": torch.get_num_threads(),
+            "processes": context.shares.size,
         }
 
     def own(self, own: Progress) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Record:
         """The estimate, and what was cut; at the end, why the peak was another."""
         budget, session = self.context.budget, self.session
         memory = {**self.estimate, "limit_mb": budget.limit_mb, "tokens_at_once": budget.tokens}
-        memory["step_tokens"] = step_tokens(session.learners, self.context.lengths, budget)
+        memory["step_tokens"] = step_tokens(session.learners, self.context.lengths, budget, self.context.shares.size)
         memory["backed_off"] = budget.backed_off
         return memory | ({} if session.live else {"why": why_otherwise(session.peaks, memory)})
 
@@ -107,6 +108,7 @@ class Record:
         result = {
             "evaluation_seconds": session.evaluating,
             "peak_memory_mb": peak_memory_mb(),
+            "processes": context.shares.size,
             "metric": context.metric,
             "choosing_rows": len(context.choosing),
             "rows": dict(context.prepared.counts),

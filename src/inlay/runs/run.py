@@ -17,8 +17,10 @@ from inlay.data.prompting import Prompting, prompting_of
 from inlay.errors import InlayError, UsageError
 from inlay.evaluation.score import metrics_of
 from inlay.files import finite, write_json
-from inlay.runtime.memory import TokenBudget, bound_kernels, parse_size, peak_memory_mb
+from inlay.runtime.memory import TokenBudget, bound_kernels, peak_memory_mb
+from inlay.runtime.tasks import HeadTask, task_of
 from inlay.sites.parameters import experts_left_out
+from inlay.training.gradients import Shares
 from inlay.training.plan import Plan
 
 from .context import Context, OnMessage
@@ -27,12 +29,13 @@ from .estimate import estimate_mb
 from .finish import finish
 from .folder import RunFolder
 from .libraries import check_libraries
-from .processes import check_one_process
+from .processes import memory_limit, own_device
 from .record import Record
 from .resuming import Start, check_same, start_of
 from .session import OnStep, Select, Session
 from .settings import Settings, make_method, plan_of
 from .tasking import head_of, task_notices, with_task
+from .together import together
 from .trackers import Tracker
 
 __all__ = ["Settings", "make_method", "peak_memory_mb", "run"]
@@ -55,18 +58,29 @@ def run(
     `plans` train together on the same rows in place of the settings' method and course; `select` says which of them
     stop and start between steps. `on_step` sees each learner after each of its steps, `on_message` (stderr where it is
     None) gets lines for people, `on_progress` the rows prepared and of how many (`on_message` now and then where it is
-    None). Raises: UsageError, DataError or FormatError before any training where settings, data or base are wrong, and
-    then leaves no folder; InlayError where the disk is full; KeyboardInterrupt where the run was asked to stop, when
-    everything that `resume` needs is on the disk.
+    None). In the processes that torchrun has started, the first one is the run and the others take shares of its steps;
+    all return the same.
+
+    Raises: UsageError, DataError or FormatError before any training where settings, data or base are wrong, and then
+    leaves no folder; InlayError where the disk is full, or another process has failed; KeyboardInterrupt where the run
+    was asked to stop, when everything that `resume` needs is on the disk.
     """
     on_message = on_message or (lambda line: print(line, file=sys.stderr, flush=True))
-    check_one_process()
+    told = on_message, on_progress or _Slow(on_message)
+    return together(lambda shares: _run(settings, plans, select, on_step, *told, shares))
+
+
+def _run(
+    settings: Settings, plans: Sequence[Plan] | None, select: Select | None, on_step: OnStep | None,
+    on_message: OnMessage, on_progress: OnProgress, shares: Shares,
+) -> dict[str, Any]:  # fmt: skip
+    """The run, in its first process."""
     folder = RunFolder(settings.out)
     start = start_of(settings, plans, folder)
     if start.over:
         on_message(f"{folder.path} holds a finished run: there is nothing to go on with")
         return start.record.get("result") or {}
-    context = _context(settings, plans, folder, start, on_message, on_progress or _Slow(on_message))
+    context = _context(settings, plans, folder, start, on_message, on_progress, shares)
     session: Session | None = None
     with folder.claimed(lambda: session is not None and session.begun):
         tracker = Tracker(settings.track, folder.path / "track", dataclasses.asdict(settings))
@@ -79,7 +93,7 @@ def run(
 
 def _context(
     given: Settings, plans: Sequence[Plan] | None, folder: RunFolder, start: Start, on_message: OnMessage,
-    on_progress: OnProgress,
+    on_progress: OnProgress, shares: Shares,
 ) -> Context:  # fmt: skip
     """Check all that needs no base, then load data and base."""
     source = None if given.init_from is None else adapter_folder(given.init_from)
@@ -88,15 +102,16 @@ def _context(
     folder.several = plans is not None and len(plans) > 1
     listed, plans = plans, _plans(settings, plans, source)
     check_libraries(settings, [plan.optimizer for plan in plans] or [settings.optimizer])
-    limit = parse_size(settings.memory_limit)
+    limit = memory_limit(settings.memory_limit)
     dataset = load_dataset(settings, prompting.template if prompting else None, on_progress)
     metric = _metric(settings, dataset)
     check_same(start, given, listed, dataset, folder)
     bound_kernels(len({repr(plan.method) for plan in plans}) or 1)  # before the first products of the process
     head = head_of(dataset.template)
-    base = load_base(settings.base, start.dtype(settings), settings.device, settings.quantize, head)
+    base = load_base(settings.base, start.dtype(settings), own_device(settings.device), settings.quantize, head)
     bank = attach(base.model)
     plans = _for_base(settings, plans, source, base, bank)
+    shares.open(_opening(settings, dataset, base, bank, source, len({repr(plan.method) for plan in plans})))
     notices = (*why, *dataset.notices, *task_notices(base, dataset), *_left_out(plans, bank))
     dataset = dataclasses.replace(dataset, notices=notices)
     for line in dataset.notices:  # once nothing can be wrong with the call any more
@@ -104,8 +119,28 @@ def _context(
     device = next(base.model.parameters()).device
     budget = TokenBudget(settings.tokens_at_once, limit, device, on_message=on_message)
     return Context(
-        given, settings, plans, dataset, base, bank, folder, metric, budget, on_message, on_progress, listed or ()
+        given, settings, plans, dataset, base, bank, folder, metric, budget, on_message, on_progress, listed or (),
+        shares,
     )  # fmt: skip
+
+
+def _opening(
+    settings: Settings, dataset: Dataset, base: Base, bank: Bank, source: Path | None, methods: int
+) -> dict[str, Any]:
+    """What other processes must know to open the same base, in words (`Worker`)."""
+    head, task = head_of(dataset.template), task_of(dataset.template, bank, base.fresh)
+    return {
+        "base": settings.base,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": settings.device,
+        "quantize": settings.quantize,
+        "head": None if head is None else [head.task, head.labels],
+        "task": [task.name, task.saved] if isinstance(task, HeadTask) else None,
+        "fingerprint": bank.fingerprint,
+        "adapters": {} if source is None else {NAME: str(source)},
+        "memory_limit": settings.memory_limit,
+        "methods": methods,
+    }
 
 
 def _left_out(plans: Sequence[Plan], bank: Bank) -> list[str]:
@@ -158,9 +193,11 @@ def _trained(context: Context, session: Session, start: Start, on_step: OnStep |
         if context.settings.resume:
             context.on_message(f"{folder.path} holds no whole checkpoint: starting afresh")
         session.start()
-    estimate = estimate_mb(context.bank, session.learners, context.prepared.examples, context.budget, context.task)
+    bank, examples, processes = context.bank, context.prepared.examples, context.shares.size
+    estimate = estimate_mb(bank, session.learners, examples, context.budget, context.task, processes)
     _check_limit(context.budget, estimate["least_mb"])
-    context.on_message(f"about {estimate['estimate_mb']:,.0f} MB of memory will be needed")
+    each = f" in each of the {processes} processes" if processes > 1 else ""
+    context.on_message(f"about {estimate['estimate_mb']:,.0f} MB of memory will be needed{each}")
     record = Record(context, session, estimate)
     with folder.must_write("nothing is trained yet"):
         write_json(folder.record, finite(record.run_record("running")))

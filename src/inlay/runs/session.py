@@ -13,6 +13,8 @@ import torch
 
 from inlay.errors import FormatError, UsageError
 from inlay.evaluation.score import score
+from inlay.methods.contract import Method
+from inlay.methods.table import made_again
 from inlay.runtime.memory import current_memory_mb, peak_memory_mb
 from inlay.training.learner import Learner
 from inlay.training.loop import add_learners, train_steps
@@ -89,10 +91,11 @@ class Session:
             raise UsageError("no learner starts", "Select one plan at least.")
         self._add(names)
 
-    def _add(self, names: Sequence[str]) -> None:
-        context = self.context
+    def _add(self, names: Sequence[str], chosen: Mapping[str, Sequence[Method]] | None = None) -> None:
+        context, examples = self.context, self.context.prepared.examples
         plans = [context.plans[name] for name in names]
-        added = add_learners(context.bank, plans, len(context.prepared.examples), context.bank.adapters, context.task)
+        known = context.bank.adapters
+        added = add_learners(context.bank, plans, len(examples), known, context.task, examples, chosen)
         self.learners += added
         self.progress |= {learner.plan.name: self._progress(learner) for learner in added}
 
@@ -138,7 +141,8 @@ class Session:
         if state["threads"] != torch.get_num_threads():
             on_message(f"going on with {state['threads']} threads, as before")
             torch.set_num_threads(state["threads"])
-        self._add([*state["learners"]])
+        saved = {name: own["learner"].get("methods") for name, own in state["learners"].items()}
+        self._add([*saved], {name: made_again(methods) for name, methods in saved.items() if methods})
         for name, own in state["learners"].items():
             self.progress[name].restore(own)
             learner = self.progress[name].learner
@@ -178,7 +182,8 @@ class Session:
         self._log = self._log or MetricsLog(context.folder.metrics)
         self.peaks.note("loading")
         examples, recompute = context.prepared.examples, context.settings.gradient_checkpointing
-        steps = train_steps(context.bank, self.learners, examples, context.budget, recompute, context.task)
+        bank, budget = context.bank, context.budget
+        steps = train_steps(bank, self.learners, examples, budget, recompute, context.task, context.shares)
         try:
             with asked_to_stop() as asked, closing(steps):
                 for stepped in steps:
@@ -206,7 +211,7 @@ class Session:
         if not any(tokens.values()):
             return
         self.step += 1
-        self.peaks.note("steps", sum(tokens.values()))
+        self.peaks.note("steps", -(-sum(tokens.values()) // self.context.shares.size))
         for own in stepped:
             if not own.learner.diverged:
                 line = self._line(own)

@@ -88,9 +88,10 @@ def describe(module: Any, part: str) -> Backbone:
         embedding = None  # images have patches
     pooler = getattr(module, "pooler", None)
     known = getattr(getattr(module, "config", None), "pad_token_id", None)
+    embedding, pooler = (m if isinstance(m, nn.Module) else None for m in (embedding, pooler))
     return Backbone(
-        module, inspect.signature(module.forward), part, embedding, pooler if isinstance(pooler, nn.Module) else None,
-        counts, first, padding, next(i for i in range(3) if i not in (known, padding)), cache_name(module),
+        module, inspect.signature(module.forward), part, embedding, pooler, counts, first, padding,
+        next(i for i in range(3) if i not in (known, padding)), cache_name(module),
     )  # fmt: skip
 
 

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["CACHES", "CACHE_LENGTHS", "CROSS_ATTENTION", "FUSED_EXPERTS", "HEADS", "IS_ATTENTION", "ROLES", "role_of"]
+__all__ = [
+    "CACHES",
+    "CACHE_LENGTHS",
+    "CROSS_ATTENTION",
+    "FUSED_EXPERTS",
+    "HEADS",
+    "IS_ATTENTION",
+    "ROLES",
+    "is_key_norm",
+    "role_of",
+]
 
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "q", "q_lin", "wq", "query_proj", "q_b_proj", "to_q"),
@@ -37,8 +47,16 @@ CROSS_ATTENTION = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)
 IS_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 """Class or attribute names of attention modules."""
 
+KEY_NORM = re.compile(r"(k|key)_?(layer)?norm")
+"""Norms of keys inside an attention module."""
+
 FUSED_EXPERTS = ("experts",)
 """Children that hold a mixture's experts: the module around them is the MLP's output."""
+
+
+def is_key_norm(name: str) -> bool:
+    """Whether `name` is that of the norm of an attention module's keys."""
+    return KEY_NORM.fullmatch(name) is not None
 
 
 def role_of(name: str) -> str:

@@ -91,6 +91,11 @@ def observe(base: Base) -> Observation:
     for path, scale in scales.items():
         if scale is None:
             unusable.setdefault(path, "gives something else than the rows of its ids")
+    for site in base.projections if not why else ():
+        call = recorder.calls.get(site.path)
+        if call is not None and call.output_shape and call.output_shape[-1] != site.out_features:
+            given = f"gives {call.output_shape[-1]} features where its weight makes {site.out_features}"
+            unusable.setdefault(site.path, given)
     sublayers, streams = recorder.streams()
     offsets = {s.path: norm_offset(s.module, recorder.calls.get(s.path)) for s in base.scales}
     calls, inside = recorder.calls, {module for stack in base.stacks for module in stack.modules()}
@@ -142,8 +147,8 @@ def _configured(model: nn.Module, module: nn.Module) -> HeadShape | None:
     if config is None:
         return None
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    if not heads:
+    heads = getattr(config, "num_attention_heads", 0)
+    if not isinstance(heads, int) or not heads:  # bases of several stages have a list
         return None
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = int(getattr(config, "num_key_value_heads", None) or heads)

@@ -40,5 +40,5 @@ def reads_every_state(model: nn.Module, backbone: nn.Module) -> bool:
             if not last or total is None or not total.requires_grad:
                 return False
             grad = torch.autograd.grad(total, last[-1], allow_unused=True)[0]
-            return grad is not None and int((grad[0].flatten(1) != 0).any(1).sum()) > 1
+            return grad is not None and grad.ndim > 2 and int((grad[0].flatten(1) != 0).any(1).sum()) > 1
     return False

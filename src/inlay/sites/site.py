@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 __all__ = ["Site", "SiteKind", "bare", "is_conv1d", "plain_call"]
 
-SiteKind = Literal["linear", "embedding", "norm", "sublayer", "block", "attention", "tokens", "head", "experts"]
+SiteKind = Literal[
+    "linear", "embedding", "norm", "sublayer", "block", "attention", "attended", "tokens", "head", "experts"
+]  # fmt: skip
 """What a method sees there: "linear" x and y of a layer; "embedding" ids and the rows looked up; "norm" x and y of a
 norm; "sublayer" what attention or MLP gives and the residual stream it is added to; "block" the residual stream behind
-a block; "attention" queries, keys and values; "tokens" a row's embeddings, among which virtual ones can stand; "head"
-a whole module, with all its arguments; "experts" one matrix for each expert of a mixture, held as one parameter."""
+a block; "attention" queries, keys and values; "attended" what an attention module gives, with its queries; "tokens" a
+row's embeddings, among which virtual ones can stand; "head" a whole module, with all its arguments; "experts" one
+matrix for each expert of a mixture, held as one parameter."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -35,6 +38,8 @@ class Site:
     A norm's formula multiplies by its weight plus `offset`; a base multiplies what it looks up by `table_scale`.
     Where the kind is "experts", `path` is the parameter's and `module` holds it; `experts` counts its matrices, whose
     dimensions are `in_features` and `out_features`, and `stored_transposed` is whether it is stored as (E, in, out).
+    `keys_of` is the path of another attention whose keys and values this one reads again, as in Gemma 3n; `repeats` is
+    how many times all `heads` of a cache stand side by side where attention reads them, as in JetMoE.
     """
 
     path: str
@@ -49,6 +54,8 @@ class Site:
     heads: int = 0
     head_dim: int = 0
     value_dim: int = 0
+    keys_of: str = ""
+    repeats: int = 1
     offset: float = 0.0
     table_scale: float = 1.0
     experts: int = 0

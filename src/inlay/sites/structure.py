@@ -6,6 +6,7 @@ import inspect
 import threading
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -60,6 +61,14 @@ class Structure:
         """Tables that give the rows of their ids, with their `table_scale`."""
         scale, unusable = self.observed.table_scale, self.observed.unusable
         return [replace(s, table_scale=scale[s.path]) for s in self.tables if s.path not in unusable]
+
+    @cached_property
+    def idle_tables(self) -> dict[str, str]:
+        """By path, why nothing becomes of an adapter on a table that is not called while others look up its weight."""
+        idle = {site.path: site.module.weight for site in self.tables if site.path in self.observed.silent([site.path])}
+        called = [site for site in self.tables if site.path not in idle]
+        found = {path: [s.path for s in called if s.module.weight is weight] for path, weight in idle.items()}
+        return {path: f"is not called: {', '.join(by)} look up its weight" for path, by in found.items() if by}
 
     @cached_property
     def norms(self) -> list[Site]:
@@ -128,22 +137,29 @@ def find(model: nn.Module) -> Structure:
 def _stacks(model: nn.Module) -> tuple[nn.Module, ...]:
     """The modules that turn ids into hidden states: one, or an encoder and a decoder."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return (model.get_encoder(), model.get_decoder())  # pyright: ignore[reportCallIssue]
+        encoder, decoder = model.get_encoder(), model.get_decoder()  # pyright: ignore[reportCallIssue]
+        while any(module is encoder for module in decoder.modules()):
+            decoder = decoder.get_decoder()  # a whole model of text, behind one of images
+        return (encoder, decoder)
     stack = getattr(model, "base_model", model)
-    while inner := next((child for child in stack.children() if _same_inputs(child, stack)), None):
+    while inner := next((child for child in stack.children() if _same_inputs(child, stack, model)), None):
         stack = inner  # a wrapper, which a model with a head may not even call
     return (stack,)
 
 
-def _same_inputs(child: nn.Module, stack: nn.Module) -> bool:
-    """Whether `child` is a model of its own that embeds the ids for `stack`."""
-    if not (hasattr(child, "get_input_embeddings") and hasattr(stack, "get_input_embeddings")):
-        return False
+def _same_inputs(child: nn.Module, stack: nn.Module, model: nn.Module) -> bool:
+    """Whether `child` is a model of its own that embeds the ids for `stack`, or for `model` where that cannot tell."""
+    own = _ids_table(child)
+    outer = _ids_table(stack)
+    return own is not None and own is (_ids_table(model) if outer is None else outer)
+
+
+def _ids_table(module: Any) -> nn.Embedding | None:
     try:
-        own, outer = child.get_input_embeddings(), stack.get_input_embeddings()  # pyright: ignore
+        table = module.get_input_embeddings()
     except (NotImplementedError, AttributeError):
-        return False
-    return own is outer and isinstance(own, nn.Embedding)
+        return None
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def _blocks(model: nn.Module) -> dict[str, int]:
@@ -228,7 +244,7 @@ class _Reader:
         found: list[Site] = []
         for block, layer in self.structure.blocks.items():
             inside = [s for s in self.structure.projections if s.path.startswith(block + ".")]
-            width = max((s.out_features for s in inside if s.role == "o"), default=0) or self.width()
+            width = max((s.out_features for s in inside if s.role == "o"), default=0) or self.width(block)
             for part in ("attention", "cross-attention", "mlp"):
                 mixture = self.mixture(block, part)
                 wide = [s for s in inside if s.part == part and s.out_features == width]
@@ -241,9 +257,14 @@ class _Reader:
                     )  # fmt: skip
         return found
 
-    def width(self) -> int:
-        config = getattr(self.structure.model, "config", None)
-        return int(getattr(config, "hidden_size", 0) or 0)
+    def width(self, block: str) -> int:
+        """That of the residual stream by the configuration of the module nearest around `block` that says it."""
+        names = block.split(".")
+        for around in (self.modules[".".join(names[:n])] for n in range(len(names), -1, -1)):
+            width = getattr(getattr(around, "config", None), "hidden_size", 0)
+            if isinstance(width, int) and width:
+                return width
+        return 0
 
     def mixture(self, block: str, part: str) -> Site | None:
         """The module around a mixture's experts: their weighted sum is what the block adds."""

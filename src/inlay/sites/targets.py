@@ -52,7 +52,7 @@ def select_projections(base: Structure, targets: Targets, layers: Layers = None)
 
 def _usable(base: Structure, target: str, matched: list[Site]) -> list[Site]:
     """Those of `matched` on which hooks act, tables with their scale."""
-    why, tables = base.observed.unusable, {site.path: site for site in base.embeddings}
+    why, tables = {**base.observed.unusable, **base.idle_tables}, {site.path: site for site in base.embeddings}
     found = [tables.get(site.path, site) for site in matched if site.path not in why]
     if not found:
         path = matched[0].path
@@ -128,7 +128,7 @@ def _named(base: Structure, named: Mapping[str, list[Site]], target: str, alone:
 
 
 def _candidates(base: Structure, target: str) -> str:
-    unusable = base.observed.unusable
+    unusable = {**base.observed.unusable, **base.idle_tables}
     names = sorted({s.name for s in [*base.tables, *base.projections] if s.path not in unusable})
     close = difflib.get_close_matches(target, [name for name in (*names, *GROUPS) if name != target], n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""

@@ -14,11 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from inlay.bank.adapter import Adapter
 from inlay.bank.flat import Flat
 from inlay.data.encode import Example
-from inlay.errors import FormatError
+from inlay.errors import FormatError, UsageError
+from inlay.methods.table import described
 
+from .acting import Acting
 from .optimizers import ELEMENTWISE, make_optimizer
 from .plan import Plan
 from .schedules import rates
+from .starting import permutation
 
 __all__ = ["Learner"]
 
@@ -42,6 +45,8 @@ class Learner:
         self.batches = -(-rows // plan.batch_size)
         self.total = plan.steps or max(1, round(plan.epochs * self.batches))
         self.optimizer = make_optimizer(plan.optimizer, groups, plan.rate, plan.weight_decay)
+        self.acting = Acting(adapter, self.flats)
+        self._check_methods()
         self.schedule = self._schedule()
         self.rows, self.step, self.tokens = rows, 0, 0
         self.stopped = ""
@@ -63,6 +68,14 @@ class Learner:
     def diverged(self) -> bool:
         return self.stopped.startswith("diverged")
 
+    def _check_methods(self) -> None:
+        """Raises: UsageError where a method cannot be trained in so many steps, or by this optimizer."""
+        for method in self.adapter.methods:
+            method.check_steps(self.total)
+            if method.changes_values and hasattr(self.optimizer, "eval"):
+                what = f"{method.title} changes its parameters between steps, over which {self.plan.optimizer} averages"
+                raise UsageError(what, "Use --optimizer adamw.")
+
     def _groups(self) -> list[dict[str, Any]]:
         """What is trained, by the learning rate that its method gives it (LoRA+ for one)."""
         groups = self.adapter.by_rate()
@@ -81,8 +94,7 @@ class Learner:
         """The examples of the next step: each pass is a permutation drawn from the learner's own seed."""
         epoch, number = divmod(self.step, self.batches)
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(self.rows, generator=generator)
+            self._order = epoch, permutation(self.plan.seed, epoch, self.rows)
         size = self.plan.batch_size
         return [examples[i] for i in self._order[1][number * size : (number + 1) * size].tolist()]
 
@@ -92,6 +104,7 @@ class Learner:
 
         `loss` is the step's mean (nats), `tokens` the step's; `suspects` are the samples whose own loss is no number.
         """
+        self.acting.penalise()
         total = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = float(total)
         self.loss, self.norm = loss, norm
@@ -107,8 +120,9 @@ class Learner:
             self.diverge("the update took the parameters beyond all bounds", self.step + 1)
             return
         self.schedule.step()
-        self.forget_gradients()
         self.step += 1
+        self.acting.after_step(self.step, self.total)
+        self.forget_gradients()
         self.sound += 1
         self.tokens += tokens
         if self.step >= self.total:
@@ -193,6 +207,8 @@ class Learner:
             "schedule": self.schedule.state_dict(),
             "before": self._before,
             "before_step": self._before_step,
+            "acting": self.acting.state(),
+            "methods": described(self.adapter.methods) if self.adapter.chosen else None,
             **{name: getattr(self, name) for name in COUNTS},
         }
 
@@ -202,6 +218,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self._before, self._before_step = list(state["before"]), state["before_step"]
+        self.acting.restore(state.get("acting") or self.acting.states)
         for name in COUNTS:
             setattr(self, name, state[name])
 

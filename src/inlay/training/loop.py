@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
 
 import torch
-from torch import Tensor
 
 from inlay.bank.adapter import Adapter
 from inlay.bank.bank import Bank
 from inlay.data.encode import Example
+from inlay.methods.contract import Method
 from inlay.runtime.forward import Segment, batches
 from inlay.runtime.memory import TokenBudget, bound_kernels, with_backoff
 from inlay.runtime.tasks import GENERATE, Task
 
+from .gradients import ALONE, Shares, Step, step_gradients
 from .learner import Learner
 from .plan import Plan
+from .starting import rows_before
 
 __all__ = ["add_learners", "train", "train_steps"]
 
@@ -30,7 +30,7 @@ def train(
     task: Task = GENERATE,
 ) -> list[Learner]:  # fmt: skip
     """Add an adapter for each plan and train all of them together on `examples` to the end; see `train_steps`."""
-    learners = add_learners(bank, plans, len(examples), task=task)
+    learners = add_learners(bank, plans, len(examples), task=task, examples=examples)
     budget = TokenBudget(tokens_at_once, device=next(bank.model.parameters()).device)
     for _ in train_steps(bank, learners, examples, budget, recompute, task):
         pass
@@ -38,10 +38,12 @@ def train(
 
 
 def add_learners(
-    bank: Bank, plans: Sequence[Plan], rows: int, begun: Mapping[str, Adapter] | None = None, task: Task = GENERATE
-) -> list[Learner]:
+    bank: Bank, plans: Sequence[Plan], rows: int, begun: Mapping[str, Adapter] | None = None, task: Task = GENERATE,
+    examples: Sequence[Example] | None = None, chosen: Mapping[str, Sequence[Method]] | None = None,
+) -> list[Learner]:  # fmt: skip
     """A learner for each plan, with a new adapter of its name in `bank`; adapters in `begun` keep the values they have.
-    A `task` may add parts to a plan's method.
+    A `task` may add parts to a plan's method. Methods that begin from data see some of the `examples`; `chosen` holds,
+    by the name of a plan, those that have seen them.
 
     `rows` is the number of examples that will be trained on. Raises: UsageError where the base or a method cannot be
     trained so.
@@ -49,9 +51,13 @@ def add_learners(
     bound_kernels(len({repr(plan.method) for plan in plans}))
     task.check(bank)
     known = begun or {}
-    adapters = [
-        known.get(plan.name) or bank.add(plan.name, task.methods(plan.method), seed=plan.seed) for plan in plans
-    ]
+    adapters: list[Adapter] = []
+    for plan in plans:
+        methods = (chosen or {}).get(plan.name) or task.methods(plan.method)
+        made = known.get(plan.name)
+        seen = None if made is not None else rows_before(bank, plan, methods, examples, task)
+        adapters.append(made or bank.add(plan.name, methods, seed=plan.seed, rows=seen))
+        adapters[-1].chosen |= plan.name in (chosen or {})
     for plan, adapter in zip(plans, adapters, strict=True):
         adapter.seed = plan.seed
     return [Learner(plan, adapter, rows) for plan, adapter in zip(plans, adapters, strict=True)]
@@ -59,42 +65,38 @@ def add_learners(
 
 def train_steps(
     bank: Bank, learners: Sequence[Learner], examples: Sequence[Example], budget: TokenBudget, recompute: bool = False,
-    task: Task = GENERATE,
+    task: Task = GENERATE, shares: Shares = ALONE,
 ) -> Generator[list[Learner], None, None]:  # fmt: skip
     """Train `learners` from where they are until each has stopped; yields, after every step, those that took it.
 
     Each learner equals what it would be alone: its own sampler, dropout, optimizer, schedule, clipping and stop. Its
     loss is the sum of the losses that `task` finds in its own examples of the step, by their number. A step of more
     tokens than `budget` allows is taken in several forwards with the same gradients; `recompute` saves memory by
-    computing each block again in the backward (gradient checkpointing).
+    computing each block again in the backward (gradient checkpointing). `shares` spreads a step over processes.
 
     `learners` is read anew before each step: between two steps the consumer may stop some, add others, or leave the
     loop. Learners of any age share the forwards.
     """
     bank.model.eval()  # the base is frozen, and its own dropout would tie learners to one another
     while live := [learner for learner in learners if learner.live]:
-        with bank.recomputing() if recompute else nullcontext():
-            _step(bank, live, examples, budget, task)
+        drawn = {learner.plan.name: learner.batch(examples) for learner in live}
+        step = _step(live, drawn, task, recompute)
+        losses = shares.gradients(step, budget, lambda own, step=step: step_gradients(bank, step, own, budget, task))
+        for learner in live:
+            name = learner.plan.name
+            learner.update(losses.means[name], sum(len(e.ids) for e in drawn[name]), losses.suspects[name])
+            if not learner.live and not learner.diverged:
+                _check_end(bank, learner, drawn[name], budget, task)
         yield live
 
 
-def _step(bank: Bank, live: list[Learner], examples: Sequence[Example], budget: TokenBudget, task: Task) -> None:
-    drawn = {learner.plan.name: learner.batch(examples) for learner in live}
-
-    def forget() -> None:
-        for learner in live:
-            learner.forget_gradients()
-
-    where = f"step {min(learner.step for learner in live) + 1}"
-    with ExitStack() as flat:
-        for learner in live:
-            flat.enter_context(learner.flat_gradients())
-        means, suspects = with_backoff(budget, where, lambda: _gradients(bank, live, drawn, budget, task), forget)
-    for learner in live:
-        name = learner.plan.name
-        learner.update(means[name], sum(len(e.ids) for e in drawn[name]), suspects[name])
-        if not learner.live and not learner.diverged:
-            _check_end(bank, learner, drawn[name], budget, task)
+def _step(live: Sequence[Learner], drawn: Mapping[str, Sequence[Example]], task: Task, recompute: bool) -> Step:
+    segments = [
+        Segment(own.plan.name, e, own.plan.label_smoothing, own.plan.neftune_alpha, own.plan.seed, own.step)
+        for own in live for e in drawn[own.plan.name]
+    ]  # fmt: skip
+    counts = {name: sum(task.count(e) for e in batch) for name, batch in drawn.items()}
+    return Step(live, segments, counts, f"step {min(learner.step for learner in live) + 1}", recompute)
 
 
 @torch.no_grad()
@@ -109,35 +111,3 @@ def _check_end(bank: Bank, learner: Learner, batch: list[Example], budget: Token
         else:
             return
     learner.diverge("the last update makes losses that are no numbers", learner.step, [e.sample for e in tried])
-
-
-def _gradients(
-    bank: Bank, live: list[Learner], drawn: dict[str, list[Example]], budget: TokenBudget, task: Task
-) -> tuple[dict[str, float], dict[str, list[int]]]:
-    """Fill the gradients of one step; returns each learner's mean loss, and its samples whose loss is no number."""
-    means, suspects = dict.fromkeys(drawn, 0.0), {name: [] for name in drawn}
-    counts = {name: sum(task.count(e) for e in batch) for name, batch in drawn.items()}
-    segments = [
-        Segment(own.plan.name, e, own.plan.label_smoothing, own.plan.neftune_alpha, own.plan.seed, own.step)
-        for own in live for e in drawn[own.plan.name]
-    ]  # fmt: skip
-    for group in batches(segments, budget):
-        losses = task.losses(bank, group)
-        budget.check()
-        for name, value in _backward(group, losses, counts).items():
-            means[name] += value
-        for segment, own in zip(group, losses, strict=True):
-            if not math.isfinite(means[str(segment.route)]) and not bool(own.detach().isfinite().all()):
-                suspects[str(segment.route)].append(segment.example.sample)
-    return means, suspects
-
-
-def _backward(group: list[Segment], losses: list[Tensor], counts: dict[str, int]) -> dict[str, float]:
-    """Gradients of a group's share in each learner's mean of `counts` losses; returns those shares."""
-    sums: dict[str, Tensor] = {}
-    for segment, own in zip(group, losses, strict=True):
-        name = str(segment.route)
-        share = own.sum() / counts[name]
-        sums[name] = sums[name] + share if name in sums else share
-    torch.stack(list(sums.values())).sum().backward()
-    return {name: float(value.detach()) for name, value in sums.items()}
