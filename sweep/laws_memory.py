@@ -68,7 +68,7 @@ def _checkpointing(case: Case, names: Sequence[str], way: str) -> Checks:
     try:
         plain = grads(bank.model)
     except Exception as error:
-        fault = next((f for n in names if (f := case.own_gradient(bank, n, alone[n])) is not None), None)
+        fault = next((f for n in needed if (f := case.own_gradient(bank, n, alone[n])) is not None), None)
         raise fault or _frozen_fault(case, bank, names, way) or error from error
     with _switched(bank, way):
         try:

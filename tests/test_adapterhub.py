@@ -35,7 +35,10 @@ UNWRITTEN = {("files_llama_others", "direft"): "takes every DiReFT that it opens
 
 @cache
 def whole_bank(base):
-    return inlay.attach(base_of(base))
+    model = base_of(base)
+    if base == "gemma2":  # older transformers choose sdpa for it, which has no softcaps
+        model.set_attn_implementation("eager")
+    return inlay.attach(model)
 
 
 def bank_of(base):

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils import loftq_utils
 from typer.testing import CliRunner
 
 import inlay
@@ -92,6 +93,33 @@ def test_lora_on_a_4bit_base_equals_the_reference(base_folder, tmp_path):
             grad = adapter.params[path][key].grad
             assert grad is not None
             torch.testing.assert_close(grad, part["default"].weight.grad, rtol=1e-3, atol=1e-3 * grad.abs().max())
+
+
+def test_loftq_begins_as_what_quantization_took(base_folder, tmp_path):
+    whole = load_base(str(base_folder), "float32", "cpu").model
+    base = load_base(str(base_folder), "float32", "cpu", "4bit")
+    bank = inlay.attach(base.model)
+    plain = inlay.attach(load_base(str(base_folder), "float32", "cpu", "4bit").model)
+    for method in (inlay.LoRA(r=8, alpha=8, init="loftq"), inlay.LoRA(r=8, alpha=24, init="loftq")):
+        adapter = bank.add("a", method, seed=1)
+        for path, site in adapter.parts[0].sites.items():
+            weight = whole.get_submodule(path).weight.detach()
+            found = loftq_utils._low_rank_decomposition(weight - site.weight(), reduced_rank=8)
+            a, b = (adapter.params[path][name].detach() for name in ("A", "B"))
+            torch.testing.assert_close(method.scale(site) * b @ a, found["L"] @ found["R"], rtol=1e-4, atol=1e-5)
+            if method.alpha == 8:  # HF PEFT's own numbers, which know no scale, up to the signs of singular vectors
+                torch.testing.assert_close(a.abs(), found["R"].abs(), rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(b.abs(), found["L"].abs(), rtol=1e-3, atol=1e-4)
+        with bank.route(["a"] * 3), torch.no_grad():
+            near = bank.model(input_ids=IDS).logits
+        with torch.no_grad():
+            exact, far = whole(input_ids=IDS).logits, plain.model(input_ids=IDS).logits
+        assert (near - exact).norm() < 0.8 * (far - exact).norm()
+        bank.remove("a")
+    with pytest.raises(UsageError, match=r"holds no model\.safetensors"):
+        bank.add("b", inlay.LoRA(init="loftq", loftq_weights=str(tmp_path)))
+    with pytest.raises(UsageError, match=r"q_proj is not quantized. Open the base with --quantize 4bit"):
+        inlay.attach(whole).add("b", inlay.LoRA(init="loftq"))
 
 
 def test_training_on_a_4bit_base_and_using_what_came_of_it(base_folder, rows, tmp_path):

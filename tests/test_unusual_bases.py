@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from sweep.bases import Base
 from sweep.case import Case
 from sweep.laws import cells_of
 from sweep.verdicts import BaseFails
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import inlay
 from inlay.errors import UsageError
@@ -37,6 +39,7 @@ from zoo import make
 )
 def test_what_is_unusual_is_right(name, method, laws):
     use, kind = name.split(":")
+    check_known(kind)
     cells = [cell for cell in cells_of(use, kind, [method], laws) if cell.law != "build"]
     expected = {(law, "refused" if (law, method) == ("merge", "houlsby") else "right") for law in laws}
     assert {(cell.law, cell.status) for cell in cells} == expected, cells
@@ -53,7 +56,7 @@ def test_what_is_unusual_is_right(name, method, laws):
         ("causal:deepseek_v4", "prompt", "does not ignore padding"),  # it compresses windows, counted from column 0
         ("vision-text:git", "prompt", "makes 26 states of 9 tokens"),
         ("causal:xlnet", "prompt", "embeds .* rows and tokens as"),
-        ("sound:wav2vec2-bert", "prefix", "makes biases of its own"),
+        ("sound:wav2vec2-bert", "prefix", "makes biases of its own|takes no keys and values from outside"),
     ],
 )
 def test_what_cannot_be_is_refused_by_what_the_base_does(name, method, said):
@@ -64,7 +67,14 @@ def test_what_cannot_be_is_refused_by_what_the_base_does(name, method, said):
         raise UsageError(cells[1].note, "")
 
 
+def check_known(name: str) -> None:
+    """The oldest transformers that is allowed lacks some."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+
+
 def built(use: str, name: str) -> Any:
+    check_known(name)
     base = Base(use, name)
     _ = base.maker
     return base.make()

@@ -87,3 +87,21 @@ def test_heads_that_attention_repeats_behind_the_cache_have_one_prefix(tmp_path)
     theirs = peft.PeftModel.from_pretrained(bank.model, tmp_path).eval().double()
     expected = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_a_base_that_cannot_run_with_virtual_tokens_says_so():
+    config = tf.ReformerConfig(
+        vocab_size=48, hidden_size=16, attention_head_size=4, num_attention_heads=4, feed_forward_size=24,
+        attn_layers=["local", "local"], axial_pos_shape=[4, 4], axial_pos_embds_dim=[8, 8], is_decoder=True,
+        local_attn_chunk_length=4, max_position_embeddings=16, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    bank = inlay.attach(tf.ReformerModelWithLMHead(config).eval())
+    bank.add("prompt", inlay.PromptTuning(num_virtual_tokens=3), seed=1)
+    ids = torch.randint(3, 48, (2, 16), generator=torch.Generator().manual_seed(1))
+    bank.model(input_ids=ids)  # as many as it has positions for
+    refused = pytest.raises(UsageError, match="fails in a forward with prefixes or virtual tokens")
+    with refused, bank.route(["prompt"] * 2):
+        bank.model(input_ids=ids)
+    with pytest.raises(ValueError), bank.route([None] * 2):  # a plain error stays as it is
+        bank.model(input_ids=torch.cat([ids, ids], 1))

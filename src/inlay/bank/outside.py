@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from .recompute import bind_checkpoints
 
 __all__ = ["Outside"]
 
+BROKEN = (RuntimeError, IndexError, ValueError, AssertionError)
+"""What bases raise that reckon with as many columns as they were given."""
 ENCODES = "_maybe_prepare_encoder_kwargs_for_generation"
 """The method by which transformers' `generate` runs towers before the model's first forward."""
 
@@ -60,10 +63,26 @@ class Outside:
                 if reaches and forward is not None and FORWARD.get() is forward:
                     self._check_unreached(forward.route)
                 return out
+        except BROKEN as error:
+            if self._is_plain(forward, error):
+                raise
+            why = next(iter(str(error).strip().splitlines()), "")[:200]
+            raise UsageError(
+                f"{type(self.model).__name__} fails in a forward with prefixes or virtual tokens "
+                f"({type(error).__name__}: {why})",
+                "Choose LoRA, if it runs without them.",
+            ) from error
         finally:
             IN_MODEL.reset(before)
             if forward is not None:
                 forward.release()
+
+    def _is_plain(self, forward: Forward | None, error: Exception) -> bool:
+        """Whether an error has nothing to do with prefixes and virtual tokens, or is one of memory, which others see
+        to."""
+        if forward is None or isinstance(error, torch.OutOfMemoryError) or re.search("memory|alloc", str(error)):
+            return True
+        return not any(self.bank.prefix_length(b) or self.bank.virtual_length(b) for b in forward.route.blends)
 
     def _check_unreached(self, route: Route) -> None:
         """Raises: UsageError where a forward that entered no backbone should have had prefixes or virtual tokens."""

@@ -16,6 +16,7 @@ whose right side is one product of rank 2r in which nothing is lost to rounding,
   (kpm) ones (Yang et al. 2024, arXiv:2406.05223).
 - lora_ga: singular vectors of the gradient of W, so that the first step is nearest to that of W itself (Wang et al.
   2024, arXiv:2407.05000).
+- loftq: what quantization took from W; see loftq.py. Nothing is taken back there.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from torch import Tensor
 
 from inlay.errors import UsageError
 from inlay.sites.site import Site
+from inlay.sites.structure import Structure
 from inlay.values import Checked, Count, Help, OneOf, Positive
 
 from .around import Probe, Values
 from .directions import corda, lora_ga, orthogonal
 from .eva import redistributed
+from .loftq import FullWeights, loftq
 from .probes import Components, Covariance, Gradient
 from .starts import difference, doubled_settings, start_of
 
@@ -44,7 +47,7 @@ __all__ = ["INSIDE", "Starts"]
 INSIDE = ("pissa", "olora", "corda", "lora_ga", "given")
 """Starts with A0 and B0."""
 PLAIN = ("kaiming", "gaussian")
-STARTS = (*PLAIN, "orthogonal", "eva", *INSIDE)
+STARTS = (*PLAIN, "orthogonal", "eva", "loftq", *INSIDE)
 DIRECTIONS, SCALES = ("ArBr", "A2rBr", "ArB2r", "random"), ("stable", "weight_svd", "gd_scale", "unit")
 
 Made = dict[str, Tensor]
@@ -74,6 +77,9 @@ class Starts(Checked):
         str, OneOf(DIRECTIONS, "lora_ga_direction"), Help("LoRA-GA: which singular vectors A and B get")
     ] = "ArB2r"
     lora_ga_scale: Annotated[str, OneOf(SCALES, "lora_ga_scale"), Help("LoRA-GA: how B is scaled")] = "stable"
+    loftq_weights: Annotated[
+        str | None, Help("LoftQ: folder of the base's whole weights; where the base was opened from, if unset")
+    ] = None
     lora_ga_stable_gamma: Annotated[Positive, Help("LoRA-GA: the larger, the smaller a stable start")] = 16.0
 
     def __post_init__(self) -> None:
@@ -103,6 +109,9 @@ class Starts(Checked):
                 raise UsageError(what, "Leave it out of the targets, or use init=kaiming.")
             if self.init == "orthogonal" and r % 2:
                 raise UsageError(f"init=orthogonal needs an even rank, and that of {site.path} is {r}", "Use r=8.")
+            if self.init == "loftq" and not site.quantized:
+                what = f"init=loftq begins from what quantization took, and {site.path} is not quantized"
+                raise UsageError(what, "Open the base with --quantize 4bit, or use another start.")
             if self.init == "lora_ga" and site.quantized:
                 raise UsageError(f"init=lora_ga needs the gradient of {site.path}, which is quantized", "Use another.")
             most = small // 2 if self.init == "lora_ga" else small
@@ -127,6 +136,17 @@ class Starts(Checked):
         else:
             torch.nn.init.kaiming_uniform_(a.view(-1, site.in_features), a=math.sqrt(5), generator=generator)
         return {"A": a, "B": b, **({"A0": torch.zeros_like(a), "B0": b.clone()} if self.init in INSIDE else {})}
+
+    def begin_at_base(
+        self, values: Values, sites: Sequence[Site], base: Structure, generator: torch.Generator
+    ) -> Values:
+        if self.init != "loftq":
+            return values
+        whole, begun = FullWeights(self.loftq_weights, base.model), dict(values)
+        for site in sites:
+            a, b = loftq(self.rank(site), self.scale(site), whole.of(site), site.weight())
+            begun[site.path] = {**values[site.path], "A": a, "B": b}
+        return begun
 
     @property
     def start_rows(self) -> int:
