@@ -142,7 +142,8 @@ class Case:
         for way in ways:
             model, parameters = self._frozen_elsewhere(bank, name)
             try:
-                found = gradients(loss_of(self.base.run(model, way)[0], 0), parameters)
+                total = torch.stack([loss_of(row, 0) for row in self.base.run(model, way)]).sum()
+                found = gradients(total, parameters)
             except Exception as error:
                 return BaseFails(f"the plain base, frozen elsewhere: {type(error).__name__}: {str(error)[:200]}")
             if not all(bool(g.isfinite().all()) for g in found):
