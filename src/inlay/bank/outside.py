@@ -82,11 +82,15 @@ class Outside:
         to."""
         if forward is None or isinstance(error, torch.OutOfMemoryError) or re.search("memory|alloc", str(error)):
             return True
-        return not any(self.bank.prefix_length(b) or self.bank.virtual_length(b) for b in forward.route.blends)
+        return not self._stands_before(forward.route)
+
+    def _stands_before(self, route: Route) -> bool:
+        """Whether a row of the route has a prefix or virtual tokens."""
+        return any(self.bank.prefix_length(blend) or self.bank.virtual_length(blend) for blend in route.blends)
 
     def _check_unreached(self, route: Route) -> None:
         """Raises: UsageError where a forward that entered no backbone should have had prefixes or virtual tokens."""
-        if any(self.bank.prefix_length(blend) or self.bank.virtual_length(blend) for blend in route.blends):
+        if self._stands_before(route):
             raise UsageError(
                 f"{type(self.model).__name__} never ran the stack that prefixes and virtual tokens stand in: "
                 "they would change nothing",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from inlay.errors import UsageError
 from inlay.methods.contract import Method, Probe, Site
 from inlay.sites.observe import first_tensor
+from inlay.sites.tiny import in_eval
 
 __all__ = ["Batch", "Rows", "begin_from_rows"]
 
@@ -43,7 +43,7 @@ def begin_from_rows(
         raise UsageError(what, "Give them (bank.add(..., rows=batches)), or choose a start that needs none.")
     probes = {site.path: method.probe(site) for site in sites}
     batches = [row if isinstance(row, Batch) else _batch(model, row) for row in rows]
-    with _in_eval(model):
+    with in_eval(model):
         _show(batches[0], (), {}, any(probe.gradients for probe in probes.values()))  # what a first call tries out
         for batch in batches:
             _show(batch, sites, probes, any(probe.gradients for probe in probes.values()))
@@ -58,18 +58,6 @@ def _batch(model: nn.Module, inputs: Mapping[str, Any]) -> Batch:
         mask.flatten().bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None,
         labels.flatten() != -100 if alike and isinstance(labels, Tensor) else None,
     )
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    """The base without its own dropout."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _show(batch: Batch, sites: Sequence[Site], probes: Mapping[str, Probe], gradients: bool) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from inlay.data.prompting import prompting_of
 from inlay.errors import UsageError
 from inlay.formats.notes import read_notes
 
+from .folders import whole_folder
 from .merge import check_out
 
 __all__ = ["combine_to_folder"]
@@ -95,16 +93,5 @@ def _notes(sources: Sequence[Path]) -> tuple[bool, Mapping[str, Any]]:
 
 
 def _save(bank: Bank, folder: Path, notes: Mapping[str, Any]) -> None:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UsageError(f"--out {folder} cannot be made ({error.strerror})", "Choose another folder.") from None
-    try:
+    with whole_folder(folder) as beside:
         bank.save(NAME, beside, notes=notes)
-        if folder.exists():
-            folder.rmdir()
-        os.chmod(beside, 0o755)
-        os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from inlay.bases.quiet import quiet
 from inlay.data.prompting import prompting_of
 from inlay.errors import InlayError, UsageError
 from inlay.runs.tasking import head_of
+
+from .folders import whole_folder
 
 __all__ = ["check_out", "finite_logits", "logits_of", "merge_to_folder", "probe"]
 
@@ -68,28 +69,19 @@ def _written(opened: Base, folder: Path, inputs: dict[str, Tensor], expected: Te
     """Save the model as `folder`; returns how far the logits of what was saved are from `expected`."""
     model: Any = opened.model
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        why = error.strerror or error
-        raise UsageError(f"--out {folder} cannot be made ({why})", "Choose another folder.") from None
-    try:
-        with quiet():
-            model.save_pretrained(beside)
-            if opened.tokenizer is not None:
-                opened.tokenizer.save_pretrained(beside)
-        again: Any = load_base(str(beside), dtype_name(opened.dtype)).model
-        difference = float((logits_of(again, inputs) - expected).abs().max())
-        if folder.exists():
-            folder.rmdir()
-        os.chmod(beside, 0o755)
-        os.rename(beside, folder)
+        with whole_folder(folder) as beside:
+            with quiet():
+                model.save_pretrained(beside)
+                if opened.tokenizer is not None:
+                    opened.tokenizer.save_pretrained(beside)
+            again: Any = load_base(str(beside), dtype_name(opened.dtype)).model
+            difference = float((logits_of(again, inputs) - expected).abs().max())
+    except UsageError:
+        raise
     except Exception as error:  # safetensors' own error for a full disk is none of the system's
         if _full(error):
             raise _no_room(folder, need) from None
         raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return difference
 
 

@@ -59,47 +59,42 @@ class Components:
         self.mean, self.seen = mean, total
 
 
-class Covariance:
+class _Mean:
+    """The mean over batches of one matrix of each."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self._total: Tensor | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        assert self._total is not None
+        return self._total / self.seen
+
+    def _add(self, matrix: Tensor) -> None:
+        self._total = matrix if self._total is None else self._total + matrix
+        self.seen += 1
+
+
+class Covariance(_Mean):
     """The mean over batches of x^T x (in, in), where x (n, in) is divided by its largest entry."""
 
     gradients = False
 
-    def __init__(self) -> None:
-        self.seen = 0
-        self._total: Tensor | None = None
-
-    @property
-    def matrix(self) -> Tensor:
-        assert self._total is not None
-        return self._total / self.seen
-
     def see(self, x: Tensor, answers: Tensor, gradient: Tensor | None) -> None:
         x = _wide(x)
         x = x / x.max().abs().clamp(min=torch.finfo(x.dtype).tiny)
-        product = x.t() @ x
-        self._total = product if self._total is None else self._total + product
-        self.seen += 1
+        self._add(x.t() @ x)
 
 
-class Gradient:
+class Gradient(_Mean):
     """The mean over batches of the gradient (out, in) of the mean loss for a site's weight."""
 
     gradients = True
 
-    def __init__(self) -> None:
-        self.seen = 0
-        self._total: Tensor | None = None
-
-    @property
-    def matrix(self) -> Tensor:
-        assert self._total is not None
-        return self._total / self.seen
-
     def see(self, x: Tensor, answers: Tensor, gradient: Tensor | None) -> None:
         assert gradient is not None
-        product = _wide(gradient).t() @ _wide(x)
-        self._total = product if self._total is None else self._total + product
-        self.seen += 1
+        self._add(_wide(gradient).t() @ _wide(x))
 
 
 def drawn_svd(matrix: Tensor, q: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from inlay.errors import UsageError
 
 from .attention import QKV, handled_by
 from .observe import Base, attention_sites, uses_interface
+from .tiny import in_eval
 
 __all__ = ["keys_and_values"]
 
@@ -31,7 +31,7 @@ def keys_and_values(base: Base, ids: Tensor) -> dict[nn.Module, KeysValues]:
     given: dict[str, Any] = {"input_ids": ids[None].to(next(base.model.parameters()).device)}
     seen, own = _Seen(), not uses_interface(base)
     try:
-        with _eval_mode(stack), handled_by(seen):
+        with in_eval(stack), handled_by(seen):
             out = stack(**given, **({"use_cache": True} if own else {}))
     except (IndexError, RuntimeError) as error:  # what comes of positions beyond the last
         why = str(error).partition("\n")[0] or type(error).__name__
@@ -62,14 +62,3 @@ def _cached(out: Any) -> Sequence[KeysValues]:
     cache = getattr(out, "cache", None)
     cache = getattr(out, "past_key_values", None) if cache is None else cache
     return [(layer.keys[0].clone(), layer.values[0].clone()) for layer in getattr(cache, "layers", ())]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -12,23 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["plain_tokens", "quietly", "run_tiny", "tiny_inputs"]
+__all__ = ["in_eval", "plain_tokens", "quietly", "run_tiny", "tiny_inputs"]
 
 Inputs = dict[str, Any]
 
 
 @contextmanager
-def quietly(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random numbers are as before behind it."""
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without the model's own dropout; training flags are as before behind it."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    model.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-            model.eval()
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and random numbers are as before behind it."""
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    with in_eval(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        yield
 
 
 def run_tiny(model: nn.Module, before: Callable[[], None] = lambda: None) -> str:
