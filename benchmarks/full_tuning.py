@@ -6,6 +6,7 @@ one pass by the first seed. Each training is a process of its own, and its answe
 goes on where the last one stopped.
 
     python benchmarks/full_tuning.py --minutes 60
+    python benchmarks/full_tuning.py --processes 6            where a GPU is
     python benchmarks/full_tuning.py --minutes 0              nothing but the table, from what is there
 """
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cells", type=Path, default=HERE / "full_tuning.jsonl", help="the file of finished trainings")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--processes", type=int, default=1, help="so many trainings at once")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -51,6 +54,8 @@ def reviews(a: argparse.Namespace) -> tuple[list[Any], list[Any], list[Any]]:
 
 def train_one(a: argparse.Namespace) -> None:
     """Train one side once, and print what it got right: of the choosing rows, or of the test rows."""
+    import torch
+
     import inlay
     from inlay.bases.load import load_base
     from inlay.data.encode import Encoder
@@ -71,15 +76,21 @@ def train_one(a: argparse.Namespace) -> None:
         verbalizer={"0": ("negative",), "1": ("positive",)},
     )  # fmt: skip
     encoder = Encoder(base.tokenizer, template, 256)
+    device = base.model.device
+    at_once = 4096 if device.type == "cpu" else 16384
     begun = time.perf_counter()
-    (learner,) = train(bank, [Plan("it", METHODS[side](), lr=rate, seed=seed)], prepare(encoder, rows).examples)
+    plan = Plan("it", METHODS[side](), lr=rate, seed=seed)
+    (learner,) = train(bank, [plan], prepare(encoder, rows).examples, at_once)
     seconds = time.perf_counter() - begun
     cell: Cell = {"side": side, "rate": rate, "seed": seed, "final": final, "seconds": seconds, "dtype": a.dtype}
-    cell |= {"trained": sum(p.numel() for p in learner.parameters), "peak MB": peak_memory_mb(), "rows": len(rows)}
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb()
+    cell |= {"trained": sum(p.numel() for p in learner.parameters), "peak MB": peak, "rows": len(rows)}
+    cell |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu"}
     if learner.diverged:
         print(json.dumps({**cell, "error": learner.stopped}))
         return
-    scored = score_rows(bank, encoder, test if final else choose, ["it"], TokenBudget(4096))["it"]
+    scored = score_rows(bank, encoder, test if final else choose, ["it"], TokenBudget(at_once, device=device))["it"]
     told = {"accuracy": scored.scores["accuracy"], "loss": scored.scores["loss"]}
     print(json.dumps({**cell, **told, "hits": [int(hit) for hit in scored.rows.hits] if final else []}))
 
@@ -107,17 +118,24 @@ def missing(cells: list[Cell]) -> Iterator[tuple[str, float, int, bool]]:
 
 def fill(a: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * a.minutes
-    while time.monotonic() < end and (call := next(missing(read_cells(a.cells)), None)) is not None:
+
+    def training(call: tuple[str, float, int, bool]) -> None:
+        if time.monotonic() >= end:
+            return
         command = [sys.executable, __file__, "--one", json.dumps(call), "--dtype", a.dtype, "--rows", str(a.rows)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
             console.print(f"{call}: failed: {(done.stderr.strip().splitlines() or ['nothing was printed'])[-1]}")
             return
+        cell = {**json.loads(lines[-1]), "at once": a.processes}
         with a.cells.open("a", encoding="utf8") as file:
-            file.write(lines[-1] + "\n")
-        cell = json.loads(lines[-1])
+            file.write(json.dumps(cell) + "\n")
         console.print(*call, f"accuracy {cell.get('accuracy', float('nan')):.4f}, {cell['seconds']:.0f} s")
+
+    for _ in ("choosing rates", "with the rates"):
+        with ThreadPoolExecutor(a.processes) as pool:
+            list(pool.map(training, [*missing(read_cells(a.cells))]))
 
 
 def difference(hits: dict[str, np.ndarray]) -> tuple[float, float, float]:
@@ -143,7 +161,9 @@ def report(cells: list[Cell]) -> str:
         one = next(iter(own.values()))
         shown = ", ".join(f"{100 * own[s]['accuracy']:.2f}" if s in own else "missing" for s in SEEDS)
         seconds, peak = (max(cell[key] for cell in own.values()) for key in ("seconds", "peak MB"))
-        lines.append(f"| {side} | {one['rate']:g} | {one['trained']:,} | {shown} | {seconds:,.0f} | {peak:,.0f} |")
+        shared = max(cell["at once"] for cell in own.values()) > 1  # of one machine
+        took = "not alone" if shared else f"{seconds:,.0f}"
+        lines.append(f"| {side} | {one['rate']:g} | {one['trained']:,} | {shown} | {took} | {peak:,.0f} |")
         if len(own) == len(SEEDS):
             hits[side] = np.array([own[s]["hits"] for s in SEEDS], dtype=float)
     if len(hits) == len(RATES):

@@ -10,24 +10,38 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from inlay.methods.table import METHODS
 
+ASKED = "Here is a review of a film. Say whether it is negative or positive."
+STARTS = ("orthogonal", "pissa", "olora", "eva", "corda", "lora_ga")
 Case = tuple[str, dict[str, Any]]
 SPECIAL: dict[str, Case] = {
     "rslora": ("lora", {"r": 32, "use_rslora": True}),
     "prefix with network": ("prefix", {"prefix_projection": True}),
+    "prefix from vocabulary": ("prefix", {"init": "vocab"}),
+    "prefix from text": ("prefix", {"init": "text", "init_text": ASKED}),
+    "prompt from text": ("prompt", {"init": "text", "init_text": ASKED}),
+    **{f"lora from {init}": ("lora", {"init": init}) for init in STARTS},
 }
 FITTING: dict[str, dict[str, Any]] = {  # what the defaults cannot be on this base, whose widths are 576, 192 and 1536
     "c3a": {"block_size": 192},
     "bitfit": {"add_bias": True},
     "miss": {"r": 64},
+    "alora": {"invocation": "\nSentiment:"},
+    "trained_tokens": {"token_indices": [42, 198, 2572, 2731, 3524, 21465, 35658]},  # all of a prompt but the review
 }
-CASES: dict[str, Case] = {**{name: (name, FITTING.get(name, {})) for name in METHODS}, **SPECIAL}
+ELSEWHERE = ("merged_lora", "fusion")
+"""The first one is for fused queries, keys and values, which this base has not; the second for trained adapters."""
+CASES: dict[str, Case] = {**{n: (n, FITTING.get(n, {})) for n in METHODS if n not in ELSEWHERE}, **SPECIAL}
 """By what a row of the table is called: the method and its settings."""
-MAIN = ("lora", "rslora", "dora", "houlsby", "prefix", "prompt", "ia3", "norm")
+MAIN = (
+    "lora", "rslora", "dora", "houlsby", "prefix", "prefix with network", "prefix from text", "prompt", "ia3", "norm",
+)  # fmt: skip
 PEFT = ("lora", "ia3", "prefix", "prompt")
 SEEDS = (0, 1, 2)
 ROWS, MORE, CHOOSE, TEST = 480, 2000, 300, 1000
@@ -54,6 +68,8 @@ class Bench:
         from inlay.data.template import Template
 
         self.base = load_base("smollm2", dtype)
+        self.device = self.base.model.device
+        self.at_once = 4096 if self.device.type == "cpu" else 16384
         self.bank = inlay.attach(self.base.model)
         template = Template(
             kind="label", prompt="Review: {text}\nSentiment:", answer="label",
@@ -65,17 +81,24 @@ class Bench:
         from inlay.data.prepare import prepare
         from inlay.training.loop import train
 
-        return train(self.bank, plans, prepare(self.encoder, rows).examples)
+        return train(self.bank, plans, prepare(self.encoder, rows).examples, self.at_once)
 
     def scored(self, rows: list[Any], names: list[str | None]) -> dict[str | None, Any]:
         from inlay.evaluation.score import score_rows
         from inlay.runtime.memory import TokenBudget
 
-        return score_rows(self.bank, self.encoder, rows, names, TokenBudget(4096))
+        return score_rows(self.bank, self.encoder, rows, names, TokenBudget(self.at_once, device=self.device))
 
-    def method(self, case: str) -> Any:
+    def cell(self, kind: str, case: str, seed: int) -> dict[str, Any]:
+        import torch
+
+        where = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        return {"kind": kind, "case": case, "seed": seed, "dtype": str(self.base.dtype), "device": where}
+
+    def method(self, case: str, more: Mapping[str, Any] = MappingProxyType({})) -> Any:
+        """The method of a case, with `more` settings than the case has."""
         name, settings = CASES[case]
-        return METHODS[name](**settings).with_tokenizer(self.base.tokenizer)
+        return METHODS[name](**{**settings, **more}).with_tokenizer(self.base.tokenizer)
 
 
 def told(scored: Any) -> dict[str, Any]:
@@ -92,14 +115,14 @@ def screen(a: argparse.Namespace, bench: Bench) -> None:
     rows, choose, test = reviews(ROWS)
     plans = [
         Plan(f"{case} {share:.3g}", bench.method(case), lr=share * bench.method(case).usual_rate, seed=a.seed)
-        for case in a.cases for share in SPREAD
+        for case in a.cases for share in a.spread
     ]  # fmt: skip
     learners = {learner.plan.name: learner for learner in bench.train(plans, rows)}
     fine = [name for name, learner in learners.items() if not learner.diverged]
     tried = bench.scored(choose, [*fine])
     for case in a.cases:
         own = {name: tried[name].scores["loss"] for name in fine if name.rpartition(" ")[0] == case}
-        cell = {"kind": "screen", "case": case, "seed": a.seed, "dtype": str(bench.base.dtype)}
+        cell = bench.cell("screen", case, a.seed)
         if not own:
             print(json.dumps({**cell, "error": "diverged at all rates"}), flush=True)
             continue
@@ -120,7 +143,7 @@ def main_cell(a: argparse.Namespace, bench: Bench) -> None:
     rows, _, test = reviews(MORE)
     rate = a.rates.get(case, bench.method(case).usual_rate)
     bench.train([Plan("it", bench.method(case), lr=rate, seed=a.seed)], rows)
-    cell = {"kind": "main", "case": case, "seed": a.seed, "rate": rate, "dtype": str(bench.base.dtype)}
+    cell = {**bench.cell("main", case, a.seed), "rate": rate}
     print(json.dumps({**cell, **told(bench.scored(test, ["it"])["it"])}))
 
 
@@ -159,6 +182,7 @@ def peft_cell(a: argparse.Namespace, bench: Bench) -> None:
             ids[row, :n], mask[row, :n] = torch.tensor(example.ids), 1
             kept = torch.tensor(example.loss_mask)
             labels[row, :n] = torch.where(kept, ids[row, :n], -100)
+        ids, mask, labels = (tensor.to(bench.device) for tensor in (ids, mask, labels))
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -168,7 +192,7 @@ def peft_cell(a: argparse.Namespace, bench: Bench) -> None:
         model.save_pretrained(folder)
         fresh = Bench(a.dtype)
         fresh.bank.load("theirs", folder)
-    cell = {"kind": "peft", "case": case, "seed": a.seed, "rate": rate, "dtype": str(bench.base.dtype)}
+    cell = {**bench.cell("peft", case, a.seed), "rate": rate}
     print(json.dumps({**cell, **told(fresh.scored(test, ["theirs"])["theirs"])}))
 
 
@@ -191,7 +215,7 @@ def cost(a: argparse.Namespace, bench: Bench) -> None:
         marks.append((time.perf_counter(), learners[0].tokens))
     (begun, few), (ended, many) = marks[0], marks[-1]
     peak = peak_memory_mb()
-    ids = torch.tensor([examples[0].ids])
+    ids = torch.tensor([examples[0].ids], device=bench.device)
 
     def answer(route: str | None) -> float:
         start = time.perf_counter()
@@ -213,7 +237,7 @@ def cost(a: argparse.Namespace, bench: Bench) -> None:
         merges = False
     trained = sum(p.numel() for p in learners[0].parameters)
     print(json.dumps({
-        "kind": "cost", "case": case, "seed": 0, "dtype": str(bench.base.dtype), "trained": trained,
+        **bench.cell("cost", case, 0), "trained": trained,
         "base": sum(p.numel() for p in bench.base.model.parameters()), "bytes": size, "peak MB": peak,
         "tokens/s": (many - few) / (ended - begun), "ms a token": statistics.median(one - none for one, none in pairs),
         "merges": merges,
@@ -226,9 +250,10 @@ def main() -> None:
     parser.add_argument("cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--spread", default=",".join(f"{share:.4g}" for share in SPREAD), help="rates, times its own")
     parser.add_argument("--rates", type=json.loads, default={})
     a = parser.parse_args()
-    a.cases = a.cases.split(",")
+    a.cases, a.spread = a.cases.split(","), [float(share) for share in a.spread.split(",")]
     {"screen": screen, "main": main_cell, "peft": peft_cell, "cost": cost}[a.kind](a, Bench(a.dtype))
 
 

@@ -12,6 +12,9 @@ process of its own, appended to a file as they are done, so that a call goes on 
     python benchmarks/methods.py --minutes 60                  go on for an hour
     python benchmarks/methods.py --minutes 0 --page docs/methods.md      nothing but the tables, from what is there
     python benchmarks/methods.py --only lora,ia3 --kinds screen,cost --cells /tmp/cells.jsonl
+    python benchmarks/methods.py --kinds screen,main,peft --processes 10 --dtype float32      where a GPU is
+
+Each cell names its device. Costs are measured one process at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,7 @@ from rich.console import Console
 Cell = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 KINDS = ("screen", "main", "peft", "cost")
-TOGETHER = 3
+TOGETHER = 2
 """Methods whose three rates are one stream."""
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 console = Console(stderr=True, highlight=False)
@@ -45,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="some of the cases, with commas between")
     parser.add_argument("--kinds", default=",".join(KINDS), help="some of " + ", ".join(KINDS))
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--processes", type=int, default=1, help="so many cells at once, costs aside")
     parser.add_argument("--page", type=Path, help="write the tables between the marks of this page")
     a = parser.parse_args()
     a.only = [name.strip() for name in a.only.split(",") if name.strip()] or list(CASES)
@@ -74,34 +80,38 @@ def missing(a: argparse.Namespace, cells: dict[tuple[Any, ...], Cell]) -> Iterat
 
 
 def run_cell(a: argparse.Namespace, kind: str, cases: Sequence[str], seed: int, rates: dict[str, float]) -> list[Cell]:
-    """The cells of one process; where it fails, cells that say so."""
+    """The cells of one process; where it fails, those of a process for each case, and cells that say so."""
     command = [sys.executable, str(HERE / "method_parts.py"), kind, ",".join(cases), "--seed", str(seed)]
     command += ["--dtype", a.dtype, "--rates", json.dumps(rates)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode and len(cases) > 1:
+        return [cell for case in cases for cell in run_cell(a, kind, [case], seed, rates)]
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["nothing was printed"])[-1]
         console.print(f"{kind} {', '.join(cases)}: failed: {why}", style="red")
-        told = {cell["case"] for cell in found}
-        found += [{"kind": kind, "case": case, "seed": seed, "error": why} for case in cases if case not in told]
+        found = [{"kind": kind, "case": case, "seed": seed, "error": why} for case in cases]
     return found
 
 
 def fill(a: argparse.Namespace) -> None:
-    """Do what is missing until the time is over."""
+    """Do what is missing until the time is over, a kind after the other: the first one finds the rates of the next."""
     end = time.monotonic() + 60 * a.minutes
-    while time.monotonic() < end:
-        cells = read_cells(a.cells)
-        call = next(missing(a, cells), None)
-        if call is None:
+
+    def cell(call: tuple[str, list[str], int]) -> None:
+        if (begun := time.monotonic()) >= end:
             return
-        rates = {case: cell["rate"] for (kind, case, _), cell in cells.items() if kind == "screen" and "rate" in cell}
-        begun = time.monotonic()
+        found = run_cell(a, *call, rates)
         with a.cells.open("a", encoding="utf8") as file:
-            for cell in run_cell(a, *call, rates):
-                file.write(json.dumps(cell) + "\n")
-        left = sum(1 for _ in missing(a, read_cells(a.cells)))
-        console.print(f"{call[0]} {', '.join(call[1])}: {time.monotonic() - begun:.0f} s, {left} calls left")
+            file.write("".join(json.dumps(one) + "\n" for one in found))
+        console.print(f"{call[0]} {', '.join(call[1])}, seed {call[2]}: {time.monotonic() - begun:.0f} s")
+
+    for kind, calls in groupby(missing(a, read_cells(a.cells)), key=lambda call: call[0]):
+        cells = read_cells(a.cells).items()
+        rates = {case: cell["rate"] for (made, case, _), cell in cells if made == "screen" and "rate" in cell}
+        with ThreadPoolExecutor(1 if kind == "cost" else a.processes) as pool:
+            list(pool.map(cell, calls))
+    console.print(f"{sum(1 for _ in missing(a, read_cells(a.cells)))} calls left")
 
 
 # ---- the tables

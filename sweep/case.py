@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +15,7 @@ import inlay
 
 from .bases import Base, Batch
 from .inputs import Row
-from .samples import NEIGHBOUR, add
+from .samples import NEIGHBOUR, VIRTUAL, add
 from .verdicts import RIGHT, STATUSES, BaseFails, Different, Tolerance, Untried, Verdict, apart, of_error
 
 __all__ = ["Case", "Checks", "each_or_all", "gradients", "loss_of", "neighbours", "over"]
@@ -217,14 +218,20 @@ class Case:
                     f"row {index} of the plain base depends on its neighbours ({side} padding): {found:.2g}"
                 )
         worst = max(apart(a, b) for a, b in zip(padded, alone, strict=True))
-        return Plain(batch, width, together, worst)
+        wider = self.base.batch(rows, side, width + VIRTUAL) if width else batch
+        return Plain(batch, wider, width, together, worst)
 
 
+@dataclass(frozen=True)
 class Plain:
-    """`moved` is by how much padding alone moves a row of the plain base."""
+    """What the plain base makes of a batch; `wider` has the padding besides that rows of virtual tokens bring, and
+    `moved` is by how much padding alone moves a row."""
 
-    def __init__(self, batch: Batch, width: int, outputs: list[Tensor], moved: float) -> None:
-        self.batch, self.width, self.outputs, self.moved = batch, width, outputs, moved
+    batch: Batch
+    wider: Batch
+    width: int
+    outputs: list[Tensor]
+    moved: float
 
 
 def each_or_all(case: Case, names: Sequence[str], check: Callable[[Sequence[str]], Checks]) -> Checks:

@@ -12,7 +12,7 @@ from torch import Tensor
 import inlay
 
 from .bases import Batch, cast, logits_of
-from .case import Case, Checks, each_or_all, gradients, loss_of, neighbours, over
+from .case import Case, Checks, Plain, each_or_all, gradients, loss_of, neighbours, over
 from .inputs import Row
 from .samples import NEIGHBOUR
 from .verdicts import RIGHT, BaseFails, Different, Tolerance, Untried, apart, same, verdict_of
@@ -47,18 +47,16 @@ def _mixed(case: Case, names: Sequence[str], side: str, rows: Sequence[Row] | No
             ways.append(case.base.batch([rows[index]], side, plain.width))
         effect = apart(together[index].detach(), plain.outputs[index])
         found[name] = verdict_of(
-            lambda i=index, n=name, w=ways, e=effect: compare(
-                case, bank, n, together[i], w, e, tolerance, i, plain.batch
-            )
+            lambda i=index, n=name, w=ways, e=effect: compare(case, bank, n, together[i], w, e, tolerance, i, plain)
         )
     return found
 
 
 def compare(
     case: Case, bank: inlay.Bank, name: str, ours: Tensor, ways: Sequence[Any], effect: float,
-    tolerance: Tolerance, seed: int, batch: Batch | None = None,
+    tolerance: Tolerance, seed: int, plain: Plain | None = None,
 ) -> str:  # fmt: skip
-    """`ours` and its gradient, of row `seed` of `batch`, against the row alone in the one of `ways` that is nearest."""
+    """`ours` and its gradient, of row `seed` of a batch, against the row alone in the nearest of `ways`."""
     case.check_effect(bank, name, ways[-1], effect)
     alone: list[Tensor] = []
     for way in ways:
@@ -72,7 +70,7 @@ def compare(
     except Exception as error:
         raise case.own_gradient(bank, name, ways) or error from error
     if not all(bool(g.isfinite().all()) for g in (*mine, *expected)):
-        together = ways if batch is None else [*ways, batch]
+        together = ways if plain is None else [*ways, plain.batch, plain.wider]
         raise case.own_gradient(bank, name, together) or Different("a gradient is not finite")
     scale = max(float(g.abs().max()) for g in expected)
     if not scale > 0:
@@ -80,7 +78,7 @@ def compare(
         raise fault or Different("no parameter has a gradient")
     for index, (a, b) in enumerate(zip(mine, expected, strict=True)):
         if (found := float((a - b).abs().max()) / scale) > tolerance.gradient:
-            fault = None if batch is None else case.gradient_moves(bank, name, batch, seed, ways[-1])
+            fault = None if plain is None else case.gradient_moves(bank, name, plain.batch, seed, ways[-1])
             raise fault or Different(f"gradient of parameter {index} of {len(mine)}: {found:.2g} apart")
     return dead(bank, name, expected)
 

@@ -17,6 +17,8 @@ from .verdicts import Untried
 __all__ = ["NEIGHBOUR", "SAMPLES", "TABLE", "add", "shake"]
 
 NEIGHBOUR = "neighbour"
+VIRTUAL = 3
+"""Virtual tokens and prefixes of the samples; for the rows beside them they are padding."""
 """A second LoRA in every mixed batch, of another rank: the one that turns to NaN."""
 
 
@@ -52,8 +54,8 @@ SAMPLES: dict[str, Callable[[inlay.Bank], Any]] = {
     "ia3": lambda bank: inlay.IA3(),
     "norm": lambda bank: inlay.NormTuning(),
     "houlsby": lambda bank: inlay.Houlsby(reduction_factor=4, non_linearity="gelu"),
-    "prefix": lambda bank: inlay.PrefixTuning(num_virtual_tokens=3),
-    "prompt": lambda bank: inlay.PromptTuning(num_virtual_tokens=3),
+    "prefix": lambda bank: inlay.PrefixTuning(num_virtual_tokens=VIRTUAL),
+    "prompt": lambda bank: inlay.PromptTuning(num_virtual_tokens=VIRTUAL),
     "head": lambda bank: inlay.ModulesToSave(),
     "loreft": lambda bank: inlay.LoReFT(r=2, dropout=0.0),
 }

@@ -105,3 +105,30 @@ def test_a_base_that_cannot_run_with_virtual_tokens_says_so():
         bank.model(input_ids=ids)
     with pytest.raises(ValueError), bank.route([None] * 2):  # a plain error stays as it is
         bank.model(input_ids=torch.cat([ids, ids], 1))
+
+
+@pytest.mark.parametrize("method", [inlay.PromptTuning(num_virtual_tokens=3), inlay.PrefixTuning(num_virtual_tokens=3)])
+def test_positions_that_a_caller_counts_by_the_cache_leave_virtual_tokens_out(method):
+    """As models of images do, whose positions are the columns that their cache holds, virtual ones among them."""
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**small())).eval().double()
+
+    def steps(rows):
+        cache, logits = tf.DynamicCache(), []
+        mask = torch.ones(rows, IDS.shape[1], dtype=torch.long)
+        for span in (slice(0, 4), slice(4, 5), slice(5, 6)):
+            ids, seen = IDS[:rows, span], cache.get_seq_length()
+            positions = torch.arange(seen, seen + ids.shape[1])[None]
+            logits.append(
+                model(ids, attention_mask=mask[:, : span.stop], position_ids=positions, past_key_values=cache).logits
+            )
+        return torch.cat(logits, 1)
+
+    plain = steps(1)
+    bank = inlay.attach(model)
+    bank.add("virtual", method, seed=1)
+    with bank.route([None, "virtual"]):
+        mixed = steps(2)
+        whole = model(IDS).logits
+    torch.testing.assert_close(mixed[:1], plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mixed, whole, rtol=0, atol=1e-12)

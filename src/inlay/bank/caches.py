@@ -10,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from inlay.batch.padded import columns
+from inlay.batch.prompts import columns
 from inlay.batch.route import Blend
 from inlay.errors import UsageError
 from inlay.sites.hints import CACHES

@@ -15,11 +15,11 @@ from .layout import Unit
 from .padded_attention import PaddedAttention
 from .partition import Partition
 from .prefixes import Prefixes
-from .prompts import check_prompt_whole, check_unpacked, make_room, rows_mask
+from .prompts import check_prompt_whole, check_unpacked, columns, make_room, rows_mask
 from .route import Blend
 from .sources import decoder_source, encoder_source, has_virtual, with_virtual
 
-__all__ = ["PaddedLayout", "columns"]
+__all__ = ["PaddedLayout"]
 
 
 class PaddedLayout(PaddedAttention):
@@ -127,7 +127,7 @@ class PaddedLayout(PaddedAttention):
                 "a row's first columns are padding alone: its virtual tokens have no place among them in the cache",
                 "Prefill at least up to each row's first token.",
             )
-        given = self._positioned(given, ids, whole, real, length)
+        given = self._positioned(given, ids, whole, real, length, extra)
         if self.widest:
             given["attention_mask"] = self._widened(whole, 1, 0)
             if not past:
@@ -176,13 +176,14 @@ class PaddedLayout(PaddedAttention):
         return torch.where(source < -1, virtual, wide).to(values.dtype)
 
     def _positioned(
-        self, given: dict[str, Any], ids: Tensor | None, mask: Tensor, real: int, length: int
+        self, given: dict[str, Any], ids: Tensor | None, mask: Tensor, real: int, length: int, extra: int
     ) -> dict[str, Any]:
         if not self.backbone.takes_positions:
             return given
         moved = (self.virtual + torch.tensor(self.prefixes.shifts, device=mask.device))[:, None]
         positions, plain = given.get("position_ids"), self.backbone.plain_positions(ids, mask, real)
-        if positions is None or (positions.ndim == 2 and torch.equal(positions.expand_as(plain), plain)):
+        counts = () if positions is None or positions.ndim != 2 else (positions, positions - extra)  # all of the cache
+        if positions is None or any(torch.equal(own.expand_as(plain), plain) for own in counts):
             counted = (self.virtual + torch.tensor(self.prefixes.lengths, device=mask.device))[:, None] > 0
             positions = torch.where(counted, self.backbone.real_positions(mask, real), plain)
         if positions.ndim == 3:  # one plane for time, height and width each
@@ -246,7 +247,8 @@ class PaddedLayout(PaddedAttention):
         if past:
             return
         cache = given.get(self.backbone.cache)
-        if cache is None and self.backbone.part == "decoder":
+        crosses = self.backbone.part == "decoder" or given.get("encoder_hidden_states") is not None
+        if cache is None and crosses:
             cache = given[self.backbone.cache] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         elif cache is None:
             cache = given[self.backbone.cache] = DynamicCache()
@@ -290,11 +292,3 @@ class PaddedLayout(PaddedAttention):
         if self.source is None:
             return [(row, torch.arange(embedded.shape[1])) for row in range(len(self.blends))]
         return [(row, (source >= 0).nonzero()[:, 0]) for row, source in enumerate(self.source)]
-
-
-def columns(cache: Any) -> int:
-    """Tokens that a cache holds keys for; recurrent states hold none."""
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, ValueError):
-        return 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inlay.errors import UsageError
 
-__all__ = ["check_prompt_whole", "check_unpacked", "make_room", "rows_mask"]
+__all__ = ["check_prompt_whole", "check_unpacked", "columns", "make_room", "rows_mask"]
 
 
 def rows_mask(mask: Any, past: int, tokens: int, given: Any = None) -> Tensor | None:
@@ -61,6 +61,14 @@ def check_unpacked(given: Mapping[str, Any], own: Tensor | None = None) -> None:
             "tokens, and no positions of a row's tokens",
             "Use padded rows and generate, bank.stream, or a method without them, such as LoRA.",
         )
+
+
+def columns(cache: Any) -> int:
+    """Tokens that a cache holds keys for; recurrent states hold none."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        return 0
 
 
 def make_room(cache: Any, tokens: int, virtual: int) -> None:

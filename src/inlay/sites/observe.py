@@ -120,15 +120,19 @@ def uses_interface(base: Base) -> bool:
 def attention_sites(base: Base) -> list[Site]:
     """Self-attention sites in the order of the blocks, with heads, head_dim and value_dim of their keys and values.
 
-    A model whose attention was not seen is described by its configuration.
+    A model whose attention was not seen is described by its configuration, which says nothing of the towers beside
+    its stacks.
     """
     seen = base.observed.heads
+    inside = {*seen} or {module for stack in base.stacks for module in stack.modules()}
     sites = []
     paths = [site.path for site in base.attentions.values()]
     for module, site in base.attentions.items():
-        if site.part == "cross-attention" or (not seen and any(p.startswith(site.path + ".") for p in paths)):
+        if site.part == "cross-attention" or module not in inside:
+            continue
+        if not seen and any(p.startswith(site.path + ".") for p in paths):
             continue  # where nothing was seen, the innermost module is the one with keys
-        shape = seen.get(module) or (None if seen else _configured(base.model, module))
+        shape = seen.get(module) or _configured(base.model, module)
         if shape is not None and shape.heads:
             repeats = shape.repeats if shape.heads // shape.repeats == _cached_heads(base.model) else 1
             dims = {"heads": shape.heads // repeats, "head_dim": shape.head_dim, "value_dim": shape.value_dim}
