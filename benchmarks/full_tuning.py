@@ -7,7 +7,7 @@ goes on where the last one stopped.
 
     python benchmarks/full_tuning.py --minutes 60
     python benchmarks/full_tuning.py --processes 6            where a GPU is
-    python benchmarks/full_tuning.py --minutes 0              nothing but the table, from what is there
+    python benchmarks/full_tuning.py --minutes 0 --page docs/methods.md      nothing but the table, from what is there
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import write_between
 from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
 ROWS, CHOOSE, TEST = 3000, 500, 4000
 SEEDS = (0, 1, 2)
 RATES = {"lora": (3e-4, 1e-3, 3e-3), "full": (1e-5, 3e-5, 1e-4)}
+BEGIN, END = "<!-- full tuning: begin -->", "<!-- full tuning: end -->"
 Cell = dict[str, Any]
 console = Console(stderr=True, highlight=False)
 
@@ -40,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--processes", type=int, default=1, help="so many trainings at once")
+    parser.add_argument("--page", type=Path, help="write the table between the marks of this page")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -150,8 +153,19 @@ def difference(hits: dict[str, np.ndarray]) -> tuple[float, float, float]:
     return float(apart.mean()), float(low), float(high)
 
 
+def at_the_edge(cells: list[Cell]) -> list[str]:
+    """A sentence for each side whose best rate is the lowest or the highest of those that were tried."""
+    best = {side: rate_of(cells, side) for side in RATES}
+    found = {side: rate for side, rate in best.items() if rate in (RATES[side][0], RATES[side][-1])}
+    return [
+        f"The best rate of {side}, {rate:g}, is the last one that was tried on that side."
+        for side, rate in found.items()
+    ]
+
+
 def report(cells: list[Cell]) -> str:
     lines = ["| | rate | trained | accuracy by seed, % | seconds a training | peak MB |", "|---|---|---|---|---|---|"]
+    places = sorted({f"{cell['device']} in {cell['dtype']}" for cell in cells if cell["final"]})
     hits: dict[str, np.ndarray] = {}
     for side in RATES:
         own = {cell["seed"]: cell for cell in cells if cell["side"] == side and cell["final"] and "hits" in cell}
@@ -168,8 +182,9 @@ def report(cells: list[Cell]) -> str:
             hits[side] = np.array([own[s]["hits"] for s in SEEDS], dtype=float)
     if len(hits) == len(RATES):
         apart, low, high = (100 * value for value in difference(hits))
-        lines += ["", f"LoRA less full fine-tuning: {apart:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})."]
-    return "\n".join(lines)
+        told = f"LoRA less full fine-tuning: {apart:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, which"
+        lines += ["", f"{told} {'holds' if low <= 0 <= high else 'leaves out'} 0).", *at_the_edge(cells)]
+    return "\n".join([f"{ROWS:,} rows, one pass, {TEST:,} others to score on, {' and '.join(places)}.", "", *lines])
 
 
 def main() -> None:
@@ -177,7 +192,10 @@ def main() -> None:
     if a.one:
         return train_one(a)
     fill(a)
-    print(report(read_cells(a.cells)))
+    text = report(read_cells(a.cells))
+    print(text)
+    if a.page:
+        write_between(a.page, (BEGIN, END), text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ One epoch of 480 Rotten Tomatoes reviews (16 a step, AdamW, linear schedule), sc
 right label among the labels, and by accuracy: the rows of methods.py, whose cases these are. Rates are those that
 methods.py tries, unless some are given.
 
-    python benchmarks/learning_rates.py --only "lora; miss" --rates 1e-4,3e-4 --seed 1 [--dtype auto] [--out rates.jsonl]
+    python benchmarks/learning_rates.py --only "lora; miss" --rates 1e-4,3e-4 --seed 1 --out rates.jsonl
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a file for the numbers, one JSON object a line, added to what it holds")
+    parser.add_argument("--out", type=Path, help="a file that the numbers are added to, one JSON object a line")
     return parser.parse_args()
 
 

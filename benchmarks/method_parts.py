@@ -23,7 +23,7 @@ Case = tuple[str, dict[str, Any]]
 SPECIAL: dict[str, Case] = {
     "rslora": ("lora", {"r": 32, "use_rslora": True}),
     "prefix with network": ("prefix", {"prefix_projection": True}),
-    "prefix from vocabulary": ("prefix", {"init": "vocab"}),
+    "prefix at random": ("prefix", {"init": "random"}),
     "prefix from text": ("prefix", {"init": "text", "init_text": ASKED}),
     "prompt from text": ("prompt", {"init": "text", "init_text": ASKED}),
     **{f"lora from {init}": ("lora", {"init": init}) for init in STARTS},
@@ -40,9 +40,10 @@ ELSEWHERE = ("merged_lora", "fusion")
 CASES: dict[str, Case] = {**{n: (n, FITTING.get(n, {})) for n in METHODS if n not in ELSEWHERE}, **SPECIAL}
 """By what a row of the table is called: the method and its settings."""
 MAIN = (
-    "lora", "rslora", "dora", "houlsby", "prefix", "prefix with network", "prefix from text", "prompt", "ia3", "norm",
+    "lora", "rslora", "dora", "houlsby", "prefix", "prefix at random", "prefix with network", "prefix from text",
+    "prompt", "ia3", "norm",
 )  # fmt: skip
-PEFT = ("lora", "ia3", "prefix", "prompt")
+PEFT = ("lora", "ia3", "prefix at random", "prompt")
 SEEDS = (0, 1, 2)
 ROWS, MORE, CHOOSE, TEST = 480, 2000, 300, 1000
 SPREAD = (1 / 3, 1.0, 3.0)
@@ -158,7 +159,7 @@ def peft_cell(a: argparse.Namespace, bench: Bench) -> None:
     configs = {
         "lora": lambda: peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         "ia3": lambda: peft.IA3Config(task_type="CAUSAL_LM"),
-        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
+        "prefix at random": lambda: peft.PrefixTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
     }
     bench.bank.detach()

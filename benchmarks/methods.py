@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from method_parts import CASES, MAIN, PEFT, SEEDS
+from pages import write_between
 from rich.console import Console
 
 Cell = dict[str, Any]
@@ -121,51 +122,91 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], lacking: Sequence[str]) -> list[str]:
+    """The rows that there are, and the names of those that are missing."""
+    lines = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
+    lines.insert(1, "|" + "---|" * len(columns))
+    return [*(lines if rows else ()), *([""] if rows and lacking else ()), *missed(lacking)]
+
+
+def missed(lacking: Sequence[str]) -> list[str]:
+    return [f"Missing: {', '.join(lacking)}."] if lacking else []
+
+
+def place(cell: Cell) -> str:
+    return f"{cell['device']} in {cell['dtype'].removeprefix('torch.')}"
+
+
+def usual_place(cells: Sequence[Cell]) -> str:
+    """Where most cells came about."""
+    places = [place(cell) for cell in cells if "device" in cell]
+    return max(places, key=places.count, default="nowhere")
+
+
 def screened(cells: dict[tuple[Any, ...], Cell]) -> list[str]:
-    columns = ["method", "accuracy, %", "95 %", "rate", "trained", "of the base", "file, KB", "tokens/s", "peak MB"]
-    columns += ["ms a token more", "merges"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    found = [(case, cells.get(("screen", case, 0)), cells.get(("cost", case, 0)) or {}) for case in CASES]
-    for case, own, cost in sorted(found, key=lambda one: -(one[1] or {}).get("accuracy", 0)):
-        if own is None or "error" in own:
-            lines.append(f"| {case} | {'missing' if own is None else own['error']} |" + " |" * 9)
+    found = {case: cells.get(("screen", case, 0), {}) for case in CASES}
+    usual = usual_place([*found.values()])
+    rows = []
+    for case, own in sorted(found.items(), key=lambda one: -one[1].get("accuracy", 0)):
+        if not own:
+            continue
+        name = case if place(own) == usual else f"{case} ({place(own)})"
+        if "error" in own:
+            rows.append([name, own["error"], "", "", ""])
             continue
         low, high = own["interval"]
-        there = "error" not in cost and bool(cost)
-        costs = [
-            f"{cost['trained']:,}", f"{100 * cost['trained'] / cost['base']:.3f} %", f"{cost['bytes'] / 1024:,.0f}",
-            f"{cost['tokens/s']:,.0f}", f"{cost['peak MB']:,.0f}", f"{cost['ms a token']:+.1f}",
-            "yes" if cost["merges"] else "no",
-        ] if there else ["missing"] * 7  # fmt: skip
-        row = [case, percent(own["accuracy"]), f"{percent(low)} to {percent(high)}", f"{own['rate']:g}", *costs]
-        lines.append("| " + " | ".join(row) + " |")
-    return lines
+        others = ", ".join(f"{float(rate):.2g} {loss:.3f}" for rate, loss in own["tried"].items())
+        rows.append(
+            [name, percent(own["accuracy"]), f"{percent(low)} to {percent(high)}", f"{own['rate']:.2g}", others]
+        )
+    lacking = [case for case, own in found.items() if not own]
+    columns = ["method", "accuracy, %", "95 %", "rate", "rates that were tried, loss on the choosing rows"]
+    elsewhere = " but for rows that say otherwise" if any(own and place(own) != usual for own in found.values()) else ""
+    return [f"Trained and scored on {usual}{elsewhere}.", "", *table(columns, rows, lacking)]
+
+
+def costs(cells: dict[tuple[Any, ...], Cell]) -> list[str]:
+    found = {case: cells.get(("cost", case, 0), {}) for case in CASES}
+    columns = ["method", "trained", "of the base", "file, KB", "tokens/s", "peak MB", "ms a token more", "merges"]
+    rows = [
+        [
+            case, f"{cost['trained']:,}", f"{100 * cost['trained'] / cost['base']:.3f} %",
+            f"{cost['bytes'] / 1024:,.0f}", f"{cost['tokens/s']:,.0f}", f"{cost['peak MB']:,.0f}",
+            f"{cost['ms a token']:+.1f}", "yes" if cost["merges"] else "no",
+        ]
+        for case, cost in found.items() if "trained" in cost
+    ]  # fmt: skip
+    if not rows:
+        return ["What each costs has not been measured yet."]
+    lacking = [case for case, cost in found.items() if "trained" not in cost]
+    return [f"What each costs, on {usual_place([*found.values()])}:", "", *table(columns, rows, lacking)]
 
 
 def mains(cells: dict[tuple[Any, ...], Cell]) -> list[str]:
-    lines = ["| method | rate | accuracy by seed, % | mean | HF PEFT's own, seed 0 |", "|---|---|---|---|---|"]
+    rows, lacking = [], []
     for case in MAIN:
-        own = [cells.get(("main", case, seed)) for seed in SEEDS]
-        there = [cell for cell in own if cell is not None and "error" not in cell]
-        shown = ", ".join(percent(cell["accuracy"]) for cell in there) or "missing"
-        if len(there) < len(SEEDS):
-            shown += f" ({len(SEEDS) - len(there)} of {len(SEEDS)} missing)"
-        theirs = cells.get(("peft", case, 0))
-        other = (
-            "–" if case not in PEFT else percent(theirs["accuracy"]) if theirs and "accuracy" in theirs else "missing"
-        )
-        mean = percent(statistics.mean(cell["accuracy"] for cell in there)) if there else "–"
-        rate = f"{there[0]['rate']:g}" if there else "–"
-        lines.append(f"| {case} | {rate} | {shown} | {mean} | {other} |")
-    return lines
+        own = {seed: cells.get(("main", case, seed), {}) for seed in SEEDS}
+        there = [cell for cell in own.values() if "accuracy" in cell]
+        lacking += [f"{case} with seed {seed}" for seed, cell in own.items() if "accuracy" not in cell]
+        if not there:
+            continue
+        theirs = cells.get(("peft", case, 0), {})
+        other = ("missing" if case in PEFT else "–") if "accuracy" not in theirs else percent(theirs["accuracy"])
+        mean = percent(statistics.mean(cell["accuracy"] for cell in there))
+        shown = ", ".join(percent(cell["accuracy"]) for cell in there)
+        rows.append([case, place(there[0]), f"{there[0]['rate']:.2g}", shown, mean, other])
+    if not rows:
+        return ["2,000 rows with three seeds have not been trained on yet, nor HF PEFT's own training beside them."]
+    columns = ["method", "on", "rate", "accuracy by seed, %", "mean", "HF PEFT's own, seed 0"]
+    return ["2,000 rows, three seeds, the same 1,000 rows:", "", *table(columns, rows, lacking)]
 
 
 def tables(cells: dict[tuple[Any, ...], Cell]) -> str:
     base = next((cell["base accuracy"] for cell in cells.values() if "base accuracy" in cell), None)
     plain = "" if base is None else f" The base without an adapter: {percent(base)} %."
     return "\n".join([
-        f"480 rows, best of three rates, scored on 1,000 others:{plain}", "", *screened(cells), "",
-        "2,000 rows, three seeds, the same 1,000 rows:", "", *mains(cells),
+        f"480 rows, one pass, best of the rates by 300 rows, scored on 1,000 others, one seed.{plain}",
+        *screened(cells), "", *costs(cells), "", *mains(cells),
     ])  # fmt: skip
 
 
@@ -175,9 +216,7 @@ def main() -> None:
     text = tables(read_cells(a.cells))
     print(text)
     if a.page:
-        page = a.page.read_text(encoding="utf8")
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        a.page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf8")
+        write_between(a.page, (BEGIN, END), text)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def _checkpointing(case: Case, names: Sequence[str], way: str) -> Checks:
         for several in parameters.values():
             for parameter in several:
                 parameter.grad = None
+        torch.manual_seed(0)  # what methods draw at random
         with bank.route(wanted):
             outputs = case.base.run(model, batch)
         sum(loss_of(out, i) for i, out in enumerate(outputs)).backward()  # pyright: ignore

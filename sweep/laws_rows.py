@@ -14,8 +14,8 @@ import inlay
 from .bases import Batch, cast, logits_of
 from .case import Case, Checks, Plain, each_or_all, gradients, loss_of, neighbours, over
 from .inputs import Row
-from .samples import NEIGHBOUR
-from .verdicts import RIGHT, BaseFails, Different, Tolerance, Untried, apart, same, verdict_of
+from .samples import NEIGHBOUR, VIRTUAL
+from .verdicts import RIGHT, WRONG, BaseFails, Different, Tolerance, Untried, apart, of_error, same, verdict_of
 
 __all__ = ["images", "mixed", "nan", "packed"]
 
@@ -49,7 +49,30 @@ def _mixed(case: Case, names: Sequence[str], side: str, rows: Sequence[Row] | No
         found[name] = verdict_of(
             lambda i=index, n=name, w=ways, e=effect: compare(case, bank, n, together[i], w, e, tolerance, i, plain)
         )
+        wrong = found[name].status == WRONG
+        if wrong and widened(bank, wanted) and (fault := padding_moves(case, rows[index])):
+            found[name] = of_error(fault)
     return found
+
+
+def widened(bank: inlay.Bank, names: Sequence[str | None]) -> bool:
+    """Whether virtual tokens of some rows are padding for the others."""
+    return len({0 if name is None else bank.adapters[name].virtual_length for name in names}) > 1
+
+
+def padding_moves(case: Case, row: Row) -> BaseFails | None:
+    """Where columns of padding before a row, as virtual tokens of others bring them, move it in the plain base."""
+    if "input_ids" not in row:
+        return None
+    length = row["input_ids"].shape[1]
+    with torch.no_grad():
+        own, *wider = (
+            case.base.run(case.plain, case.base.batch([row], "left", length + more))[0] for more in range(VIRTUAL + 1)
+        )
+    moved = max(apart(other, own) for other in wider)
+    if moved <= case.tolerance.output:
+        return None
+    return BaseFails(f"columns of padding before it alone move the row of the plain base by {moved:.2g}")
 
 
 def compare(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .bases import cast
 from .case import Case, Checks, each_or_all, neighbours, over
+from .laws_rows import padding_moves, widened
 from .samples import NEIGHBOUR
 from .verdicts import BaseFails, Different, Untried, verdict_of
 
@@ -80,6 +81,7 @@ def _generate(case: Case, names: Sequence[str], settings: Mapping[str, Any]) -> 
                 alone = written(bank.model, way.inputs)[0]
             if torch.equal(alone, together[index]):
                 return
-        raise Different(f"writes {together[index].tolist()} beside others, {alone.tolist()} alone")
+        fault = padding_moves(case, rows[index]) if widened(bank, wanted) else None
+        raise fault or Different(f"writes {together[index].tolist()} beside others, {alone.tolist()} alone")
 
     return {n: verdict_of(lambda i=i, n=n: check(i, n)) for i, n in enumerate(wanted) if n and n != NEIGHBOUR}

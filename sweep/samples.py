@@ -66,7 +66,10 @@ def _plain(name: str) -> Callable[[inlay.Bank], Any]:
     def make(bank: inlay.Bank) -> Any:
         kind = METHODS[name]
         fields = getattr(kind, "__dataclass_fields__", {})
-        wanted = {"r": 2, "dropout": 0.0, "num_virtual_tokens": 3, "reduction_factor": 4}
+        wanted: dict[str, float] = {"r": 2, "dropout": 0.0, "num_virtual_tokens": 3, "reduction_factor": 4}
+        if {"r", "alpha"} <= {*fields} and isinstance(alpha := fields["alpha"].default, (int, float)):
+            scale = alpha / fields["r"].default  # of another rank it would be large: half precision overflows
+            wanted["alpha"] = wanted["r"] * min(scale, 2)
         return kind(**{k: v for k, v in wanted.items() if k in fields})
 
     return make

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from inlay.errors import InlayError
 
-__all__ = ["LATE", "BaseFails", "Cell", "Different", "Tolerance", "Verdict", "apart", "same", "verdict_of"]
+__all__ = [
+    "LATE", "RIGHT", "STATUSES", "WRONG", "BaseFails", "Cell", "Different", "Tolerance", "Untried", "Verdict", "apart",
+    "of_error", "same", "verdict_of",
+]  # fmt: skip
 
 RIGHT, REFUSED, RAW, WRONG, BASE, UNTRIED = "right", "refused", "raw", "wrong", "base", "untried"
 STATUSES = (WRONG, RAW, REFUSED, BASE, UNTRIED, RIGHT)

@@ -109,6 +109,10 @@ def inputs_of(name):
 # ---- folders
 
 
+MENDED = ("noreft", "direft")
+"""Kinds whose files do not say which of the two they are."""
+
+
 class Saved:
     """One adapter of a golden file, as AdapterHub or Inlay saved it: config, tensors, and AdapterHub's logits."""
 
@@ -127,7 +131,7 @@ class Saved:
 
     def say_subtraction(self, kind):
         """What AdapterHub leaves out of ReFT's config."""
-        if kind in ("noreft", "direft"):
+        if kind in MENDED:
             self.config["config"]["subtract_projection"] = kind == "noreft"
 
     def to(self, folder):
@@ -138,6 +142,33 @@ class Saved:
         return folder
 
 
+class SavedSetup:
+    """A fusion of a golden file with its adapters, as AdapterHub or Inlay saved them: `files` are the settings by their
+    paths, `tensors` those of each folder, and `logits` AdapterHub's."""
+
+    def __init__(self, file, kind):
+        self.base = file.rpartition("setups_")[2]
+        with safe_open(FOLDER / f"{file}.safetensors", "pt") as opened:
+            self.files = json.loads(opened.metadata()[kind])
+            names = [key for key in opened.keys() if key.startswith(f"{kind}/")]  # noqa: SIM118
+            found = {key.removeprefix(f"{kind}/"): opened.get_tensor(key).float() for key in names}
+        self.logits = found.pop("logits").double()
+        self.tensors = {}
+        for key, value in found.items():
+            folder, _, key = key.partition("/")
+            self.tensors.setdefault(folder, {})[key] = value
+
+    def to(self, folder):
+        """The folder as AdapterHub leaves it."""
+        for name, tensors in self.tensors.items():
+            (folder / name).mkdir(parents=True)
+            file = "pytorch_model_adapter_fusion.bin" if "," in name else "pytorch_adapter.bin"
+            torch.save(tensors, folder / name / file)
+        for path, own in self.files.items():
+            (folder / path).write_text(json.dumps(own))
+        return folder
+
+
 def kinds_of(file):
     with safe_open(FOLDER / f"{file}.safetensors", "pt") as opened:
         return list(opened.metadata())
@@ -145,8 +176,29 @@ def kinds_of(file):
 
 THEIRS = sorted((file.stem, kind) for file in FOLDER.glob("files_*.safetensors") for kind in kinds_of(file.stem))
 """Golden file and kind of all that AdapterHub saved."""
-WRITTEN = sorted((file.stem, kind) for file in FOLDER.glob("written_*.safetensors") for kind in kinds_of(file.stem))
+WRITTEN = sorted(
+    (file.stem, kind)
+    for file in FOLDER.glob("written_*.safetensors") if "setups" not in file.stem for kind in kinds_of(file.stem)
+)  # fmt: skip
 """Those of all that Inlay wrote, with the logits that AdapterHub had with it."""
+
+SETUPS = sorted((file.stem, kind) for file in FOLDER.glob("setups_*.safetensors") for kind in kinds_of(file.stem))
+"""Golden file and kind of all fusions that AdapterHub saved with their adapters."""
+
+SCALED = ("llama", "qwen2")
+"""Bases whose MLP ends in a layer that reads a product."""
+
+
+def scaling_inputs(base):
+    """IA³ that scales what each MLP's last layer reads, as AdapterHub's scales what another gives."""
+    bank = inlay.attach(base_of(base))
+    adapter = bank.add("a", inlay.IA3(), seed=0)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
+            parameter.copy_(parameter.float())
+    return bank
 
 
 def write_all(target):
@@ -159,6 +211,13 @@ def write_all(target):
             bank.save("ours", target / file.removeprefix("files_") / kind, format="adapterhub")
         except InlayError as error:
             print(f"{file} {kind}: {error}")
+    for file, kind in SETUPS:
+        saved = SavedSetup(file, kind)
+        bank = inlay.attach(base_of(saved.base))
+        bank.load("ours", saved.to(target / "theirs" / file / kind))
+        bank.save("ours", target / "setups" / saved.base / kind, format="adapterhub")
+    for base in SCALED:
+        scaling_inputs(base).save("a", target / "inputs" / base / "ia3", format="adapterhub")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
+from pathlib import Path
 
 import peft
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 
 import inlay
 import test_bottleneck
-from adapterhub import THEIRS, WRITTEN, Saved, base_of, inputs_of
+from adapterhub import MENDED, SCALED, THEIRS, WRITTEN, Saved, base_of, inputs_of, scaling_inputs
 from inlay.errors import FormatError, UsageError
 from inlay.formats.support import ADAPTERHUB_CONFIGS, PEFT_TYPES
 from inlay.methods.table import METHODS
@@ -118,6 +120,19 @@ def test_every_config_of_adapterhub_is_answered():
     assert {kind for _, kind in THEIRS} >= set(ADAPTERHUB_CONFIGS)
 
 
+@pytest.mark.parametrize("string", list(ADAPTERHUB_CONFIGS))
+def test_the_methods_page_says_which_strings_load_and_are_saved(string):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf8")
+    page = page.partition("## AdapterHub's 22")[2]
+    row = re.search(rf"^\| {re.escape(string)} \| [^|]+ \| [^|]+ \| ([^|]+) \| ([^|]+) \|$", page, re.M)
+    files = [file for file, kind in THEIRS if kind == string]
+    read = [file for file in files if (file, string) not in REFUSED]
+    whole = len(read) == len(files) and string not in MENDED
+    saved = [file for file, kind in WRITTEN if kind == string]
+    assert row[1].startswith("yes" if whole else "in part: " if read else "no")
+    assert row[2].startswith("yes" if saved else "no") and len(saved) in (0, len(read))
+
+
 @pytest.mark.parametrize("kind", list(peft.PeftType))
 def test_every_type_of_hf_peft_is_answered(kind, tmp_path):
     assert kind.value in PEFT_TYPES
@@ -201,7 +216,8 @@ def test_what_does_not_fit_is_refused_by_name(kind, edit, said, tmp_path):
     [
         ("bottlenecks", "seq_bn", without("layers.1"), "lacks it"),
         ("bottlenecks", "seq_bn", settings(reduction_factor=8), "should be of shape (2, 16)"),
-        ("bottlenecks", "seq_bn", settings(reduction_factor={"0": 4, "default": 8}), "bottlenecks of several sizes"),
+        ("bottlenecks", "seq_bn", settings(reduction_factor={"0": 4, "default": 8}), "should be of shape (2, 16)"),
+        ("bottlenecks", "seq_bn", settings(reduction_factor={"0": 4}), "no number for block 1, nor a default"),
         ("bottlenecks", "seq_bn", settings(mh_adapter=True), "lacks the adapter behind the attention"),
         ("bottlenecks", "seq_bn", settings(non_linearity="sine"), "non_linearity 'sine'"),
         ("bottlenecks", "seq_bn_inv", without("invertible_adapters"), "lacks invertible_adapters.F"),
@@ -211,7 +227,7 @@ def test_what_does_not_fit_is_refused_by_name(kind, edit, said, tmp_path):
         ("others", "loreft", settings(layers=[1]), "holds a ReFT at model.layers.0.reft_layer"),
         ("others", "loreft", settings(tied_weights=True), "ties the weights of both ends and holds two"),
         ("others", "noreft", settings(), "is NoReFT or DiReFT"),
-        ("bottlenecks", "seq_bn", settings(reduction_factor={}), "bottlenecks of several sizes"),
+        ("bottlenecks", "seq_bn", settings(reduction_factor={}), "reduction_factor is {}"),
         (
             "others",
             "prefix_tuning",
@@ -262,10 +278,30 @@ def test_a_file_from_a_model_without_a_head_is_read_too(tmp_path):
     torch.testing.assert_close(opened(saved, tmp_path)[1], saved.logits, **CLOSE)
 
 
-def test_a_fusion_is_refused_by_its_name(tmp_path):
-    (tmp_path / "adapter_fusion_config.json").write_text("{}")
-    with pytest.raises(UsageError, match="AdapterFusion, which is read from no file"):
-        bank_of("llama").load("a", tmp_path)
+def test_several_sizes_in_an_encoder_decoder_are_refused(tmp_path):
+    saved = changed("seq_bn", settings(reduction_factor={"0": 4, "default": 8}), "files_llama_bottlenecks")
+    with pytest.raises(FormatError, match="several reduction_factors in an encoder-decoder"):
+        inlay.attach(test_bottleneck.base_of("t5")).load("a", saved.to(tmp_path))
+
+
+@pytest.mark.parametrize("base", SCALED)
+def test_a_scale_of_what_a_layer_reads_is_written_as_one_of_what_another_gives(base, tmp_path):
+    bank, there = scaling_inputs(base), Saved(f"inputs_{base}", "ia3")
+    made = logits(bank, "a", base)
+    torch.testing.assert_close(made, there.logits, **CLOSE)
+    bank.save("a", tmp_path, format="adapterhub")
+    stored = load_file(tmp_path / "adapter.safetensors")
+    assert stored.keys() == there.tensors.keys()
+    assert all(torch.equal(value.float(), there.tensors[key]) for key, value in stored.items())
+    bank.load("b", tmp_path)
+    torch.testing.assert_close(logits(bank, "b", base), made, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("base", ["gpt2", "bert"])
+def test_it_is_refused_where_no_other_layer_does_the_same(base, tmp_path):
+    with pytest.raises(UsageError, match="AdapterHub scales what a layer gives"):
+        scaling_inputs(base).save("a", tmp_path / "out", format="adapterhub")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["houlsby", "pfeiffer"])
@@ -290,7 +326,7 @@ def test_an_encoder_decoders_bottlenecks_are_read(kind, tmp_path):
         ([inlay.NormTuning()], "AdapterHub has no Norm tuning"),
         ([inlay.OFT(oft_block_size=4, targets="qv")], "AdapterHub has no OFT"),
         ([inlay.BitFit(add_bias=True, targets="qv")], "shifts what"),
-        ([inlay.IA3()], "AdapterHub scales what a layer gives"),
+        ([inlay.IA3(), inlay.LoRA(r=2, targets=["up_proj"])], "no place for IA³ beside LoRA at one layer"),
         ([inlay.LoRA(r=2, targets=["layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj"])], "one list"),
         ([inlay.LoRA(r=2, targets="qv"), inlay.VeRA(r=2, targets="qv")], "no place for LoRA beside VeRA at one layer"),
         ([inlay.LoRA(r=2, targets="qv"), inlay.IA3(targets=["k_proj"], feedforward=[])], "not do the same at all"),
@@ -298,7 +334,7 @@ def test_an_encoder_decoders_bottlenecks_are_read(kind, tmp_path):
         ([inlay.Pfeiffer(), inlay.Invertible()], "for heads of its own alone"),
         ([inlay.PrefixTuning(2)], "counts a row's positions from behind its prefix"),
         ([inlay.PromptTuning(2)], "puts a prompt behind the positions"),
-        ([inlay.ModulesToSave(targets=["lm_head"])], "own modules and adapters over others are not written"),
+        ([inlay.ModulesToSave(targets=["lm_head"])], "own modules are not written"),
     ],
 )
 def test_what_adapterhub_has_no_place_for_is_refused_and_leaves_nothing(methods, said, tmp_path):

@@ -218,7 +218,7 @@ def test_people_are_told_what_a_rank_leaves_out(saved, tmp_path):
         ("peft", inlay.Pfeiffer(reduction_factor=4), "HF PEFT has no Pfeiffer adapter"),
         ("peft", [inlay.LoRA(r=2, **QV), inlay.Parallel(reduction_factor=4)], "no LoRA beside Parallel adapter"),
         ("adapterhub", inlay.LoRA(r=2), "AdapterHub has no place at model.layers.0"),
-        ("adapterhub", inlay.IA3(), "scales what model.layers.0.mlp.down_proj reads"),
+        ("adapterhub", inlay.IA3(targets="qv", feedforward=["q_proj"]), "scales what model.layers.0.self_attn.q_proj"),
         ("adapterhub", inlay.PrefixTuning(3), "counts a row's positions from behind its prefix"),
         ("adapterhub", inlay.PromptTuning(3), "puts a prompt behind the positions"),
         ("adapterhub", inlay.OFT(oft_block_size=4, **QV), "AdapterHub has no OFT"),

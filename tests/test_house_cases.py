@@ -655,3 +655,49 @@ def test_reentrant_checkpoints_keep_the_gradients_of_blocks_whose_inputs_take_no
         found.append([p.grad.clone() for p in bank.parameters("a")])
     for own, other in zip(*found, strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-9)
+
+
+def test_reentrant_checkpoints_end_where_blocks_hand_on_what_the_first_one_gave():
+    """WavLM's biases of positions go from block to block by name: torch's reentrant backward would call itself."""
+    config = tf.WavLMConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, conv_dim=(8,),
+        conv_stride=(4,), conv_kernel=(4,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=12,
+        num_buckets=8,
+        hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0,
+        final_dropout=0.0, apply_spec_augment=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.WavLMForCTC(config).eval().double()
+    bank = bank_with(model, a=inlay.LoRA(r=2))
+    sound, found = torch.randn(2, 64, dtype=torch.float64), []
+    for reentrant in (None, True):
+        if reentrant:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+            model.train()
+        with bank.route(["a", "a"]):
+            loss = model(input_values=sound).logits.square().sum()
+        for parameter in bank.parameters("a"):
+            parameter.grad = None
+        loss.backward()
+        found.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in bank.parameters("a")])
+    assert any(bool(grad.any()) for grad in found[0])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-9)
+
+
+def test_an_encoder_that_its_configuration_gives_a_decoder_is_one_stack():
+    config = make("whisper").config
+    model = tf.WhisperForAudioClassification(config).eval().double()
+    bank = bank_with(model, a=LORA)
+    assert [type(stack).__name__ for stack in bank.base.stacks] == ["WhisperEncoder"]
+    sound = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, dtype=torch.float64)
+    with torch.no_grad():
+        with bank.route(["a", None]):
+            mixed = model(input_features=sound).logits
+        with bank.route(["a"]):
+            alone = model(input_features=sound[:1]).logits
+        plain = model(input_features=sound).logits
+    torch.testing.assert_close(mixed[:1], alone, rtol=0, atol=1e-9)
+    torch.testing.assert_close(mixed[1:], plain[1:], rtol=0, atol=1e-9)
+    assert (mixed[0] - plain[0]).abs().max() > 1e-6

@@ -15,7 +15,7 @@ from inlay.bases.load import load_base
 from inlay.errors import FormatError, UsageError
 from inlay.runs.checkpoint import Checkpoints
 from inlay.runs.run import run
-from inlay.runs.session import Selection
+from inlay.runs.turns import Selection
 from inlay.runtime.forward import Segment, token_losses
 from inlay.runtime.memory import TokenBudget
 from inlay.training.loop import add_learners, train_steps

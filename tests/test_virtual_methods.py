@@ -107,8 +107,9 @@ def test_starts_are_drawn_from_the_seed_and_differ():
         ]
     assert not torch.equal(*made["random"]) and not torch.equal(*made["vocab"])
     assert all(float(start.abs().max()) == 0 for start in made["zero"])
-    again = bank.add("again", inlay.PrefixTuning(4, init="SAMPLE_VOCAB"), seed=2).params[""]["prefix"]
-    assert torch.equal(again, made["vocab"][1])
+    for method in (inlay.PrefixTuning(4, init="SAMPLE_VOCAB"), inlay.PrefixTuning(4)):
+        again = bank.add(f"again {method.init}", method, seed=2)
+        assert torch.equal(again.params[""]["prefix"], made["vocab"][1]) and again.method.init == "vocab"
     zero = bank.add("z", inlay.PrefixTuning(4, "zero", prefix_projection=True, encoder_hidden_size=3), seed=1)
     assert float(zero.method.derive(zero.params[""], None)["prefix"].abs().max()) == 0
 
@@ -132,10 +133,56 @@ def test_starts_that_cannot_be_are_named(name, method, said):
     assert not bank.adapters
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "start"),
+    [
+        ("llama", lambda **more: inlay.PrefixTuning(3, gated=True, **more), "vocab"),
+        ("bert", lambda **more: inlay.PrefixTuning(3, **more), "vocab"),
+        ("gpt_neox", lambda **more: inlay.UnmovedPrefix(3, **more), "vocab"),
+        ("llama", lambda **more: inlay.GatedPrefix(3, prefix_projection=False, **more), "vocab"),
+        ("llama", lambda **more: inlay.GatedPrefix(3, **more), "random"),
+        ("llama", lambda **more: inlay.PrefixTuning(3, gated=True, prefix_projection=True, **more), "random"),
+        ("gpt2", lambda **more: inlay.PrefixTuning(70, gated=True, **more), "random"),
+        ("t5", lambda **more: inlay.PrefixTuning(3, **more), "random"),
+    ],
+)  # fmt: skip
+def test_a_prefix_starts_as_tokens_where_it_can_and_says_which_start_it_took(name, method, start):
+    base = make(name).train()
+    before, random = {k: v.clone() for k, v in base.state_dict().items()}, torch.get_rng_state()
+    bank = inlay.attach(base)
+    made, named = bank.add("made", method(), seed=4), bank.add("named", method(init=start), seed=4)
+    assert method().init == "auto" and made.method == named.method and made.method.init == start
+    for path, own in named.params.items():
+        assert all(torch.equal(made.params[path][key], value) for key, value in own.items())
+    assert torch.equal(random, torch.get_rng_state()) and all(module.training for module in base.modules())
+    assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
+
+
+def test_a_base_without_a_table_of_tokens_has_a_prefix_at_random(monkeypatch):
+    bank = inlay.attach(make("llama"))
+    monkeypatch.setattr(bank.base.stacks[0], "get_input_embeddings", lambda: None)
+    assert bank.add("a", inlay.PrefixTuning(2), seed=1).method.init == "random"
+
+
+def test_a_base_that_wants_more_than_tokens_is_named_and_has_a_prefix_at_random(monkeypatch):
+    bank = inlay.attach(make("llama"))
+    forward = bank.base.stacks[-1].forward
+
+    def choosy(*args, places=None, **kwargs):
+        if places is None:
+            raise ValueError("Give places too")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(bank.base.stacks[-1], "forward", choosy)
+    with pytest.raises(UsageError, match="alone \\(Give places too\\)"):
+        bank.add("a", inlay.PrefixTuning(2, init="vocab"), seed=1)
+    assert bank.add("a", inlay.PrefixTuning(2), seed=1).method.init == "random"
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_gates_are_folded_away(name, tmp_path):
     bank = inlay.attach(make(name))
-    adapter = bank.add("a", inlay.PrefixTuning(3, gated=True), seed=1)
+    adapter = bank.add("a", inlay.PrefixTuning(3, init="random", gated=True), seed=1)
     gate = adapter.params[""]["gate"]
     assert float(gate.abs().max()) == 0  # the reference's "zero" start, whatever the prefix is
     bank.set("a")

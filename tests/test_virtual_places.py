@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
@@ -9,9 +14,11 @@ import transformers as tf
 
 import inlay
 from inlay.errors import UsageError
+from inlay.sites.keys import keys_and_values
 from inlay.sites.observe import attention_sites
 from inlay.sites.pooling import reads_every_state
-from zoo import small
+from inlay.sites.several import checked, value_heads
+from zoo import make, small
 
 IDS = torch.randint(3, 48, (2, 6), generator=torch.Generator().manual_seed(1))
 
@@ -132,3 +139,116 @@ def test_positions_that_a_caller_counts_by_the_cache_leave_virtual_tokens_out(me
         whole = model(IDS).logits
     torch.testing.assert_close(mixed[:1], plain, rtol=0, atol=1e-12)
     torch.testing.assert_close(mixed, whole, rtol=0, atol=1e-12)
+
+
+def from_peft(model, config, folder, ids, **more):
+    """The logits of HF PEFT's model by `config`, with random parameters, and those of its checkpoint here."""
+    reference = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape).double() * 0.3)
+    reference.double()
+    reference.save_pretrained(folder)
+    bank = inlay.attach(model)
+    bank.load("a", folder)
+    with torch.no_grad():
+        plain = bank.model(input_ids=ids, **more).logits
+        with bank.route(["a"] * len(ids)):
+            ours = bank.model(input_ids=ids, **more).logits
+        theirs = reference(input_ids=ids, **more).logits
+    assert (theirs - plain).abs().max() > 1e-3
+    return theirs, ours, bank
+
+
+def test_a_layer_that_computes_attention_twice_reads_half_of_the_prefix_each_time(tmp_path):
+    """Each call has other heads of the values: packed, computed again and from a cache too."""
+    torch.manual_seed(0)
+    model = tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**small(num_attention_heads=4, num_key_value_heads=2))).eval()
+    theirs, ours, bank = from_peft(
+        model.double(), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), tmp_path, IDS
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    heads = [site.value_heads for site in attention_sites(bank.base)]
+    assert heads == [((0, 0), (1, 1))] * len(heads)
+    with torch.no_grad():
+        with bank.stream([("a", 6), (None, 6)]):
+            packed = bank.model(input_ids=IDS.flatten()[None]).logits[0, :6]
+        with bank.route(["a"]):
+            first = bank.model(input_ids=IDS[:1, :4], use_cache=True)
+            rest = bank.model(input_ids=IDS[:1, 4:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(packed, ours[0], rtol=0, atol=1e-9)
+        torch.testing.assert_close(rest, ours[:1, 4:], rtol=0, atol=1e-9)
+    found = []
+    for recompute in (False, True):
+        with bank.recomputing() if recompute else nullcontext(), bank.route(["a", "a"]):
+            loss = bank.model(input_ids=IDS).logits.square().sum()
+            found.append(torch.autograd.grad(loss, list(bank.parameters("a"))))
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-9)
+
+
+def test_prefixes_that_start_as_tokens_have_all_heads_of_a_layer_that_computes_attention_twice():
+    torch.manual_seed(0)
+    model = tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**small(num_attention_heads=4, num_key_value_heads=2))).eval()
+    bank = inlay.attach(model.double())
+    found = keys_and_values(bank.base, IDS[0])
+    cache = model(input_ids=IDS[:1], use_cache=True).past_key_values
+    for layer, site in zip(cache.layers, attention_sites(bank.base), strict=True):
+        for own, cached in zip(found[site.module], (layer.keys, layer.values), strict=True):
+            torch.testing.assert_close(own, cached[0], rtol=0, atol=1e-12)
+
+
+def test_heads_of_values_that_no_cache_holds_are_not_guessed():
+    values = torch.randn(1, 2, 3, 4)
+    layer = SimpleNamespace(values=values)
+    cache, module = SimpleNamespace(layers=[layer]), SimpleNamespace(layer_idx=0)
+    assert value_heads(module, {"cache": cache}, [values[:, :1], values[:, 1:]]) == ((0,), (1,))
+    assert value_heads(module, {"cache": cache}, [values[:, :1], values[:, :1]]) is None
+    assert value_heads(module, {"cache": cache}, [values[:, :1], values[:, 1:] + 1]) is None
+    assert value_heads(module, {}, [values[:, :1], values[:, 1:]]) is None
+    with pytest.raises(UsageError, match="computes attention several times"):
+        checked([replace(attention_sites(inlay.attach(make("llama")).base)[0], value_heads=None)])
+
+
+def test_a_base_that_takes_no_cache_moves_no_positions_behind_a_prefix(tmp_path):
+    """EuroBERT hands a cache on to its layers unseen: HF PEFT's prefixes act there, and nothing counts them."""
+    torch.manual_seed(0)
+    model = tf.EuroBertForMaskedLM(tf.EuroBertConfig(**small())).eval().double()
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION")
+    theirs, ours, _ = from_peft(model, config, tmp_path, IDS)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_mean_over_the_pixels_of_a_row_refuses_virtual_tokens():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 49, "num_labels": 3}
+    bank = inlay.attach(tf.ImageGPTForImageClassification(tf.ImageGPTConfig(**sizes)).eval())
+    bank.add("prompt", inlay.PromptTuning(num_virtual_tokens=3), seed=1)
+    with pytest.raises(UsageError, match="takes a mean over a row's tokens"), bank.route(["prompt", None]):
+        bank.model(input_ids=IDS)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_move_tokens_away_from_prompts_that_attention_reads(side):
+    """A token's queries of LLaMA-Adapter's prompts say where it stands: counted from its row's first token."""
+    bank = inlay.attach(make("llama"))
+    bank.add("a", inlay.LlamaAdapter(adapter_len=3), seed=1)
+    with torch.no_grad():
+        for parameter in bank.parameters("a"):
+            parameter.add_(0.5)
+        with bank.route(["a"]):
+            alone = bank.model(input_ids=IDS[:1]).logits[0]
+        own = slice(2, 8) if side == "left" else slice(0, 6)
+        ids, mask = torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.long)
+        ids[:, own], mask[:, own] = IDS, 1
+        with bank.route(["a", None]):
+            padded = bank.model(input_ids=ids, attention_mask=mask).logits[:, own]
+            last = bank.model(input_ids=ids[:, :7], attention_mask=mask[:, :7], use_cache=True)
+            step = bank.model(input_ids=ids[:, 7:], attention_mask=mask, past_key_values=last.past_key_values).logits
+        plain = bank.model(input_ids=IDS).logits
+    torch.testing.assert_close(padded[0], alone, rtol=0, atol=1e-9)
+    torch.testing.assert_close(padded[1], plain[1], rtol=0, atol=1e-6)
+    if side == "left":
+        torch.testing.assert_close(step[0, 0], alone[-1], rtol=0, atol=1e-9)
+    assert (alone - plain[0]).abs().max() > 1e-3

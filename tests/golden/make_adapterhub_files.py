@@ -8,7 +8,8 @@ It runs in the environment that make_adapterhub.py describes; bases and token id
 
 The first line saves one adapter of each kind to a folder, as AdapterHub does, and keeps its tensors, its config and the
 logits with it. The second, where Inlay is installed, opens each and saves it in AdapterHub's format. The third opens
-those in AdapterHub, and keeps what Inlay wrote and the logits that AdapterHub has with it. Weights are float32.
+those in AdapterHub, and keeps what Inlay wrote and the logits that AdapterHub has with it. Weights are float32. So it
+makes inputs_*.safetensors too, of an IA³ that began in Inlay.
 """
 
 import json
@@ -97,6 +98,12 @@ WHOLE = {
     "seq_bn": SEQ(reduction_factor=8),
     "par_bn": PAR(reduction_factor=8),
 }
+SIZES = {
+    "sizes": SEQ(reduction_factor={"default": 4, "1": 8}),
+    "sizes_of_each": DOUBLE(reduction_factor={"0": 8, "1": 2}),
+    "sizes_beside": PAR(reduction_factor={"default": 16, "0": 4}, leave_out=[1]),
+}
+KINDS |= {f"{name}_sizes": SIZES for name in ("llama", "gpt2", "bert")}
 KINDS |= dict.fromkeys(MODELS, WHOLE)
 KINDS["phi"] = {kind: config for kind, config in WHOLE.items() if kind != "par_bn"}  # which AdapterHub cannot run there
 KINDS |= {
@@ -164,11 +171,11 @@ def theirs(file, kinds):
     save_file(tensors, HERE / f"files_{file}.safetensors", metadata=configs)
 
 
-def ours(file, written):
-    """What Inlay wrote to folders below `written`, and AdapterHub's logits with it."""
+def ours(base, written, target):
+    """What Inlay wrote to folders in `written`, and AdapterHub's logits with it."""
     tensors, configs = {}, {}
-    for folder in sorted((written / file).iterdir()):
-        model, ids, _ = model_of(file.partition("_")[0])
+    for folder in sorted(written.iterdir()):
+        model, ids, _ = model_of(base)
         name = model.load_adapter(str(folder), use_safetensors=True)
         stored = load_file(folder / "adapter.safetensors")
         missing = {key for key in model.state_dict() if f".{name}." in key} - stored.keys()
@@ -178,7 +185,7 @@ def ours(file, written):
         tensors |= {f"{kind}/{key}": value.float().contiguous() for key, value in stored.items()}
         tensors[f"{kind}/logits"] = logits(model, ids, name)
         configs[kind] = json.dumps(json.loads((folder / "adapter_config.json").read_text()))
-    save_file(tensors, HERE / f"written_{file}.safetensors", metadata=configs)
+    save_file(tensors, HERE / target, metadata=configs)
 
 
 def main():
@@ -187,7 +194,9 @@ def main():
         if len(sys.argv) == 1:
             theirs(file, kinds)
         elif (Path(sys.argv[1]) / file).is_dir():
-            ours(file, Path(sys.argv[1]))
+            ours(file.partition("_")[0], Path(sys.argv[1]) / file, f"written_{file}.safetensors")
+    for folder in (Path(sys.argv[1]) / "inputs").iterdir() if len(sys.argv) > 1 else ():
+        ours(folder.name, folder, f"inputs_{folder.name}.safetensors")
 
 
 if __name__ == "__main__":

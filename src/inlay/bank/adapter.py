@@ -147,7 +147,7 @@ class Adapter:
             else:
                 created = {site.path: method.create(site, generator) for site in sites}
             created[""] = method.shared(sites, generator)
-            begun = method.begin_at_base(created, sites, base, generator)
+            method, begun = method.begin_at_base(created, sites, base, generator)
             filled = {path: values for path, values in begun.items() if values}
             parts.append(Part(method, index, sites, _parameters(method, filled, base)))
         _check_apart(name, parts)

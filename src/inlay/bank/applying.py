@@ -27,6 +27,7 @@ from .inside import Second, laid_out
 from .lookup import Lookup
 from .plan import SitePlan, plan_at
 from .prefix_gates import gating_hook
+from .resting import resting_at, rests
 from .sharing import forms_at, shared_low
 from .steps import InputStep, Step, goes_on, input_step, step_of
 
@@ -45,6 +46,7 @@ class SiteHooks:
         self._gated: set[nn.Module] = set()  # attention modules whose prefixes some part gates
         self._blocks = {base.model.get_submodule(path) for path in base.blocks}
         self._mixtures: set[nn.Module] = set()  # whose forward has a stand-in
+        self._rests = rests(base)
 
     def add(self, part: Part) -> None:
         for site in part.sites.values():
@@ -179,6 +181,7 @@ class SiteHooks:
             return act_on_head(plan, scope, args, kwargs, out)
         kept = None if scope.forward is None else scope.forward.inputs.pop(site.path, None)
         x = first_tensor(args, kwargs) if kept is None else kept
+        resting = resting_at(scope.layout, x, y) if site.path in self._rests else None
         made = y
         if plan.forms:
             assert x is not None
@@ -188,7 +191,7 @@ class SiteHooks:
             flat_x = None if x is None else scope.layout.to_units(x, width)
             flat = act_in_turn(plan, scope, flat_x, scope.layout.to_units(made, y.shape[-1]))
             made = scope.layout.from_units(flat, y)
-        return _instead(out, made)
+        return _instead(out, made if resting is None else made.index_put(resting[:1], resting[1]))
 
     # ---- steps that go on from a cache
 

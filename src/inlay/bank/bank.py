@@ -18,7 +18,7 @@ from inlay.batch.route import Blend, Route, RowSpec, normalise
 from inlay.errors import FormatError, UsageError
 from inlay.files import write_json
 from inlay.formats.adapterhub import write_adapterhub
-from inlay.formats.folders import read_folder
+from inlay.formats.folders import folders_inside, read_folder
 from inlay.formats.loralib import read_loralib, write_loralib
 from inlay.formats.notes import NOTES, read_notes
 from inlay.formats.peft import write_peft
@@ -110,7 +110,8 @@ class Bank(Combines):
         hub, or from a file that holds a loralib state dict.
 
         loralib's files do not say `alpha`, nor which parts of fused weights are `enabled`: they are said here.
-        `task` is the one that is meant of a multitask prompt's. Raises: FormatError naming missing, extra, misshapen or
+        `task` is the one that is meant of a multitask prompt's. AdapterHub's fusion is over adapters of this bank under
+        their names there, or over those in its folder. Raises: FormatError naming missing, extra, misshapen or
         non-finite tensors; nothing is kept then.
         """
         self._check_free(name)
@@ -121,15 +122,16 @@ class Bank(Combines):
         if alpha is not None or enabled is not None:
             raise UsageError(f"{path} says its alpha itself", "Leave alpha and enabled out.")
         folder = adapter_folder(path)
-        stored = read_folder(folder, self.base, task)
-        trained_on = read_notes(folder).fingerprint
-        if trained_on is not None and not same_base(trained_on, self.fingerprint):
-            raise FormatError(
-                f"{folder} was trained on another base (fingerprint {trained_on}, here {self.fingerprint})",
-                "Name the base it was trained on.",
-            )
-        with self.alone():
-            return self._keep(Adapter.of(name, [(self._over(own), values) for own, values in stored], self.base))
+        with self._read_first(folders_inside(folder)) as others:
+            stored = read_folder(folder, self.base, task, others)
+            trained_on = read_notes(folder).fingerprint
+            if trained_on is not None and not same_base(trained_on, self.fingerprint):
+                raise FormatError(
+                    f"{folder} was trained on another base (fingerprint {trained_on}, here {self.fingerprint})",
+                    "Name the base it was trained on.",
+                )
+            with self.alone():
+                return self._keep(Adapter.of(name, [(self._over(own), values) for own, values in stored], self.base))
 
     def save(
         self,
@@ -141,8 +143,9 @@ class Bank(Combines):
     ) -> None:
         """Write an adapter to a folder: adapter_config.json and adapter_model.safetensors in HF PEFT's layout, and
         inlay.json, which names the base by its fingerprint and holds `notes` (the template, for one). The format
-        "adapterhub" writes AdapterHub's folder instead; "loralib" a LoRA to one file, where `enabled` says which parts
-        of fused weights it adapts. Raises: UsageError where a format has no place for the method.
+        "adapterhub" writes AdapterHub's folder instead, a fusion's with its adapters inside; "loralib" a LoRA to one
+        file, where `enabled` says which parts of fused weights it adapts. Raises: UsageError where a format has no
+        place for the method.
         """
         adapter = self._named(name)
         self._unchanged.check()
@@ -153,7 +156,8 @@ class Bank(Combines):
             return
         base_name = "" if self._merged else str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
         if format == "adapterhub":
-            write_adapterhub(Path(path), name, adapter.parts, self.base, base_name)
+            used = {own: self.adapters[own].parts for part in adapter.parts for own in part.method.uses}
+            write_adapterhub(Path(path), name, adapter.parts, self.base, base_name, used)
         else:
             write_peft(Path(path), adapter.parts, self.base, base_name, peft_task(self.model, adapter.parts))
         write_json(Path(path) / NOTES, {"base": base_name, "fingerprint": self.fingerprint, **(notes or {})})

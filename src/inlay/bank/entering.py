@@ -19,7 +19,7 @@ from inlay.batch.route import Blend, Route
 from inlay.errors import UsageError
 from inlay.kernels.standin import StandIn
 from inlay.sites.backbone import Backbone
-from inlay.sites.observe import attention_sites, uses_interface
+from inlay.sites.observe import uses_interface
 from inlay.sites.structure import Structure
 
 from .caches import check_cache, filled_under, tag_caches
@@ -205,10 +205,7 @@ class Entering:
     def _prefixes(self, backbone: Backbone, blends: Sequence[Blend], values: dict[Any, Any]) -> Prefixes:
         spot = "prefixes", backbone.part, len(blends)
         if spot not in values:
-            lengths = [0 if backbone.part == "encoder" else self.bank.prefix_length(b) for b in blends]
-            shifts = [0 if not length else self.bank.prefix_shift(b) for length, b in zip(lengths, blends, strict=True)]
-            modules = [site.module for site in attention_sites(self.base)] if any(lengths) else []
-            values[spot] = Prefixes(blends, lengths, self.bank.prefix_of, modules, shifts, self.bank.prefix_factors)
+            values[spot] = self.bank.prefixes(backbone, blends, self.base)
         return values[spot]
 
     # ---- inside

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from inlay.batch.route import normalise
 from inlay.errors import UsageError
-from inlay.methods.contract import Method
+from inlay.formats.folders import read_folder
+from inlay.methods.contract import Method, Structure
 
-from .adapter import Adapter
+from .adapter import Adapter, Part
 from .applying import SiteHooks
 from .plain import NotCopied
 from .rates import groups_of, warn_of_rates
@@ -24,6 +27,7 @@ __all__ = ["Holding"]
 class Holding(NotCopied):
     """The part of a bank that holds `adapters`."""
 
+    base: Structure
     adapters: dict[str, Adapter]
     _sites: SiteHooks
     _unchanged: Unchanged
@@ -65,6 +69,39 @@ class Holding(NotCopied):
         return method.over(sites) if used else method
 
     def load(self, name: str, path: str | Path) -> Adapter:
+        """See `inlay.bank.bank.Bank`."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _read_first(self, folders: Sequence[str]) -> Iterator[dict[str, list[Part]]]:
+        """Load the adapters in `folders` under their folders' names, and give the parts of all adapters; where what is
+        over them does not come to be, those that are new do not stay.
+
+        Raises: UsageError naming one that is here already with other values than its folder has.
+        """
+        new = [name for name in folders if name not in self.adapters]
+        if other := next((name for name in folders if name not in new and not self._as_in_folder(name)), None):
+            what = f"the adapter {other!r} of the bank is not what its folder holds"
+            raise UsageError(what, f"Remove it, and what is over it: bank.remove({other!r}).")
+        try:
+            for name in new:
+                self.load(name, name)
+            yield {name: adapter.parts for name, adapter in self.adapters.items()}
+        except BaseException:
+            for name in new:
+                if name in self.adapters:
+                    self.remove(name)
+            raise
+
+    def _as_in_folder(self, name: str) -> bool:
+        """Whether an adapter that is called by its folder has the values that are there."""
+        own, there = self.adapters[name], Adapter.of(name, read_folder(Path(name), self.base), self.base)
+        if own.methods != there.methods:
+            return False
+        pairs = zip(own.parameters(), there.parameters(), strict=True)
+        return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+    def remove(self, name: str) -> None:
         """See `inlay.bank.bank.Bank`."""
         raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,9 +12,13 @@ from torch.nn import functional as F
 
 from inlay.batch.forward import FORWARD
 from inlay.batch.noise import Dropper
-from inlay.batch.prefixes import KeysValues
+from inlay.batch.prefixes import KeysValues, Prefixes
 from inlay.batch.route import Blend, Route
 from inlay.errors import UsageError
+from inlay.sites.backbone import Backbone
+from inlay.sites.observe import attention_sites
+from inlay.sites.site import Site
+from inlay.sites.structure import Structure
 
 from .adapter import Adapter, Part
 from .routing import Routing
@@ -64,6 +68,22 @@ class Lookup:
     def prefix_shift(self, blend: Blend) -> int:
         return sum(self.adapters[name].prefix_shift for name, _ in blend)
 
+    def prefixes(self, backbone: Backbone, blends: Sequence[Blend], base: Structure) -> Prefixes:
+        """The prefixes of a call's rows. What takes no cache counts none: there HF PEFT's prefixes, which it hands over
+        as a cache, move no positions, and neither do these."""
+        lengths = [0 if backbone.part == "encoder" else self.prefix_length(b) for b in blends]
+        shifts = [self.prefix_shift(b) if n and backbone.cache else 0 for n, b in zip(lengths, blends, strict=True)]
+        sites = attention_sites(base) if any(lengths) else []
+        heads = {site.module: site.value_heads for site in sites if site.value_heads}
+        modules, attended = [site.module for site in sites], {b: any(self._attended(b)) for b in dict.fromkeys(blends)}
+        counted = [attended[b] for b in blends]
+        return Prefixes(blends, lengths, self.prefix_of, modules, shifts, self.prefix_factors, heads, counted)
+
+    def _attended(self, blend: Blend) -> Iterator[Site]:
+        """The attention modules that adapters of a row act on by their queries, which say where a token stands."""
+        sites = (site for part in self._parts(blend) for site in part.sites.values())
+        return (site for site in sites if site.kind == "attended")
+
     def virtual_of(self, blend: Blend) -> Tensor | None:
         """(n, hidden) embeddings of the virtual tokens of a row."""
         parts = [part for part in self._parts(blend) if part.method.virtual_length]
@@ -93,8 +113,7 @@ class Lookup:
     def watched(self, route: Route) -> dict[nn.Module, str]:
         """The attention modules whose queries adapters of the route act by, with their paths."""
         if "watched" not in route.cache:
-            parts = [part for blend in dict.fromkeys(route.blends) for part in self._parts(blend)]
-            sites = [site for part in parts for site in part.sites.values() if site.kind == "attended"]
+            sites = [site for blend in dict.fromkeys(route.blends) for site in self._attended(blend)]
             route.cache["watched"] = {site.module: site.path for site in sites}
         return route.cache["watched"]
 

@@ -12,7 +12,8 @@ from inlay.sites.structure import Structure
 __all__ = ["Pooling"]
 
 CLASSIFIERS = "ForSequenceClassification"
-"""The end of the names of models whose head reads a row's first state, unless it is a `score` of the last one."""
+"""The end of the names of models whose head reads a row's first state, unless it is a `score`: that reads the last one,
+or all of them."""
 
 
 class Pooling:
@@ -22,7 +23,8 @@ class Pooling:
     def __init__(self, base: Structure, backbones: Sequence[Backbone]) -> None:
         self.model, one = base.model, len(backbones) == 1
         self.first_virtual = type(base.model).__name__.endswith(CLASSIFIERS) and not hasattr(base.model, "score")
-        self.every = self.first_virtual and one and reads_every_state(base.model, backbones[0].module)
+        labels = "Classification" in type(base.model).__name__
+        self.every = labels and one and reads_every_state(base.model, backbones[0].module)
 
     def check(self, virtual: Sequence[int]) -> None:
         """Raises: UsageError for virtual tokens where the head reads all tokens of a row: HF PEFT's heads read the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -40,8 +40,9 @@ class _Bound:
             with inside(own), _eval_mode_inside(function):
                 return function(*inner, **named)
 
-        taken = any(isinstance(value, torch.Tensor) and value.requires_grad for value in args)
-        how = self.original if taken or not torch.is_grad_enabled() else _not_reentrant(self.original)
+        # A block's own arguments by name stand in a partial around it.
+        fits = _takes_gradients(args) and not _takes_gradients({**getattr(function, "keywords", {}), **kwargs}.values())
+        how = self.original if fits or not torch.is_grad_enabled() else _not_reentrant(self.original)
         return how(run, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -51,9 +52,14 @@ class _Bound:
         return _same, (self.original,)
 
 
+def _takes_gradients(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
 def _not_reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What does the same for a block whose inputs take no gradients, as a tower's first: reentrant checkpoints would
-    lose those of the adapters in it."""
+    """What does the same for a block whose inputs take no gradients, as a tower's first, or others than those by place
+    do, as WavLM's biases of positions: reentrant checkpoints would lose those of the adapters in it, or go through the
+    block that gave the other input again and again without end."""
     if isinstance(original, partial) and original.keywords.get("use_reentrant"):
         return partial(original.func, *original.args, **{**original.keywords, "use_reentrant": False})
     return original

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from inlay.errors import InlayError, UsageError
+from inlay.formats.folder_kinds import KINDS
 from inlay.formats.peft import CONFIG
 
 from .hub import fetched, is_hub_id
 
 __all__ = ["adapter_folder"]
-
-FUSION = "adapter_fusion_config.json"
-"""What AdapterHub writes beside a fusion of adapters, which are in folders of their own."""
 
 
 def adapter_folder(name: str | Path) -> Path:
@@ -23,13 +21,14 @@ def adapter_folder(name: str | Path) -> Path:
     """
     path = Path(name).expanduser()
     try:
-        found = next((folder for folder in (path, path / "adapter") if (folder / CONFIG).is_file()), None)
+        files = (folder / file for folder in (path, path / "adapter") for file in KINDS)
+        found = next((file for file in files if file.is_file()), None)
         if found is not None:
-            (found / CONFIG).open("rb").close()
+            found.open("rb").close()
     except OSError as error:
         what = f"adapter {name} cannot be read ({error.strerror})"
         raise InlayError(what, "Check the path and its permissions.") from None
-    return _instead(path, name) if found is None else found
+    return _instead(path, name) if found is None else found.parent
 
 
 def _instead(path: Path, name: str | Path) -> Path:
@@ -38,12 +37,9 @@ def _instead(path: Path, name: str | Path) -> Path:
         raise UsageError(f"the run in {name} has no adapter yet", "Go on with it: inlay train --resume.")
     if path.is_file():
         remedy = f"Name the folder it lies in: {path.parent}."
-        if not (path.parent / CONFIG).is_file():
+        if not any((path.parent / file).is_file() for file in KINDS):
             remedy = "A loralib file is loaded in Python: bank.load(name, path, alpha=...)."
         raise UsageError(f"adapter {name} is a file, not a folder", remedy)
-    if (path / FUSION).is_file():
-        what = f"{name} holds AdapterHub's AdapterFusion, which is read from no file of AdapterHub's"
-        raise UsageError(what, "Load the adapters that it is over, and train a Fusion over them.")
     if path.is_dir():
         if (path / "config.json").is_file():
             raise UsageError(f"{name} holds a base, not an adapter", "Give it as --base.")

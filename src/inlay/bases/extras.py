@@ -15,6 +15,7 @@ EXTRAS = {
     "optimizers": "--optimizer lion, schedule-free, adamw-8bit",
     "quantize": "--quantize 4bit",
     "track": "--track tensorboard",
+    "race": "--space race.yaml that is sampled",
 }
 """What each extra of the package is for."""
 

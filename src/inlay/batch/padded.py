@@ -14,6 +14,7 @@ from inlay.sites.backbone import Backbone
 from .layout import Unit
 from .padded_attention import PaddedAttention
 from .partition import Partition
+from .positions import own_positions
 from .prefixes import Prefixes
 from .prompts import check_prompt_whole, check_unpacked, columns, make_room, rows_mask
 from .route import Blend
@@ -43,6 +44,7 @@ class PaddedLayout(PaddedAttention):
         self.virtual = torch.tensor(virtual)
         self.places = torch.tensor([0] * len(blends) if places is None else list(places))
         self.last_virtual_predicts, self.first_virtual_pools = last_virtual_predicts, first_virtual_pools
+        self._reads = self.virtual + torch.tensor(prefixes.lengths) + torch.tensor(prefixes.counted) > 0
         self.widest = max(virtual, default=0)
         self.uneven = len(set(virtual)) > 1
         self.attends = (prefixes.longest > 0 and not by_cache) or self.uneven
@@ -50,11 +52,10 @@ class PaddedLayout(PaddedAttention):
         self.lead = torch.zeros(len(blends), dtype=torch.long)
         self.continued = continued
         self.prompts = None if prompts is None else torch.tensor(list(prompts))
-        self._prompts_said = prompts_said
+        self._prompts_said, self._filled = prompts_said, True
         self._given: Mapping[str, Any] = {}
         self.outer_mask: Any = None  # what the model around the backbone was given
         self._mask: Any = None  # one that is not (rows, columns), until it is read
-        self._filled = True
         self._own: tuple[Tensor, int] | None = None  # the mask of own tokens (B, past + L), and L
 
     @property
@@ -107,7 +108,7 @@ class PaddedLayout(PaddedAttention):
             what = f"{type(self.backbone.module).__name__} takes no input_ids, before which a prefix could be cached"
             raise UsageError(what, "Choose LoRA.")
         if inputs is None or not (self.widest or self.prefixes.longest):
-            return given
+            return given if inputs is None else self._counted(given, ids, mask, inputs.shape[1])
         if self.continued and not columns(given.get(self.backbone.cache)):
             return given  # a recurrent state, which has taken the virtual tokens in
         rows, length = inputs.shape[:2]
@@ -127,7 +128,7 @@ class PaddedLayout(PaddedAttention):
                 "a row's first columns are padding alone: its virtual tokens have no place among them in the cache",
                 "Prefill at least up to each row's first token.",
             )
-        given = self._positioned(given, ids, whole, real, length, extra)
+        given = self._positioned(given, ids, whole, real, extra)
         if self.widest:
             given["attention_mask"] = self._widened(whole, 1, 0)
             if not past:
@@ -176,19 +177,24 @@ class PaddedLayout(PaddedAttention):
         return torch.where(source < -1, virtual, wide).to(values.dtype)
 
     def _positioned(
-        self, given: dict[str, Any], ids: Tensor | None, mask: Tensor, real: int, length: int, extra: int
+        self, given: dict[str, Any], ids: Tensor | None, mask: Tensor, real: int, extra: int
     ) -> dict[str, Any]:
         if not self.backbone.takes_positions:
             return given
         moved = (self.virtual + torch.tensor(self.prefixes.shifts, device=mask.device))[:, None]
-        positions, plain = given.get("position_ids"), self.backbone.plain_positions(ids, mask, real)
-        counts = () if positions is None or positions.ndim != 2 else (positions, positions - extra)  # all of the cache
-        if positions is None or any(torch.equal(own.expand_as(plain), plain) for own in counts):
-            counted = (self.virtual + torch.tensor(self.prefixes.lengths, device=mask.device))[:, None] > 0
-            positions = torch.where(counted, self.backbone.real_positions(mask, real), plain)
+        positions = own_positions(self.backbone, given.get("position_ids"), ids, mask, real, extra, self._reads)
         if positions.ndim == 3:  # one plane for time, height and width each
             return {**given, "position_ids": self._planes(positions, given, mask, moved, real)}
         return {**given, "position_ids": self._moved(positions, mask, moved, real)}
+
+    def _counted(self, given: dict[str, Any], ids: Tensor | None, mask: Any, length: int) -> dict[str, Any]:
+        """The call where nothing is put before any row."""
+        padded = self.backbone.takes_positions and isinstance(mask, Tensor) and mask.ndim == 2
+        if not (padded and any(self.prefixes.counted) and mask.shape[1] >= length):
+            return given
+        positions, past = given.get("position_ids"), mask.shape[1] - length
+        positions = own_positions(self.backbone, positions, ids, mask.long(), past, 0, self._reads)
+        return {**given, "position_ids": positions}
 
     def _planes(self, positions: Tensor, given: dict[str, Any], mask: Tensor, moved: Tensor, real: int) -> Tensor:
         """Positions (planes, B, L) of rows that may hold images; the first plane never goes back inside of a row."""

@@ -26,6 +26,16 @@ class PaddedAttention(Layout):
     source: Tensor | None
     lead: Tensor
     virtual: Tensor
+    _own: tuple[Tensor, int] | None
+
+    def padding(self, columns: int) -> Tensor | None:
+        """Which of so many columns (B, columns) hold no token; None where all do, or that cannot be told."""
+        if self._own is None:
+            return None
+        own = self._own[0][:, -self._own[1] :] > 0
+        if self.source is not None and self.source.shape[1] == columns:
+            own = torch.where(self.source < 0, self.source < -1, own.gather(1, self.source.clamp(min=0)))
+        return None if own.shape[1] != columns or bool(own.all()) else ~own
 
     def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
         base = self._kept_busy(plain(**{**call, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}))

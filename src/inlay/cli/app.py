@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import inlay
 
-from . import chat, combine, convert, doctor, evaluate, generate, merge, methods, predict, preview, pull, train
+from . import chat, combine, convert, doctor, evaluate, generate, merge, methods, predict, preview, pull, race, train
 from .common import fail, quiet_unless_first
 
 __all__ = ["app"]
@@ -66,6 +66,7 @@ def whole(
 
 
 app.command("train")(train.command)
+app.command("race")(race.command)
 app.command("eval")(evaluate.command)
 app.command("predict")(predict.command)
 app.command("generate")(generate.command)

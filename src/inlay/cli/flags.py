@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -28,11 +28,11 @@ Earlier = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
 def command(
-    kind: type[C], doing: str, earlier: Earlier | None = None, several: bool = False
+    kind: type[C], doing: str, earlier: Earlier | None = None, several: bool = False, without: Collection[str] = ()
 ) -> Callable[[Work[C]], Callable[..., None]]:
     """Makes a function of settings and `as_json` a command. Flags win over --config, that over `earlier` settings
     (those of a run that is resumed), these over defaults. `doing` says what is done, for errors. Where `several`
-    processes may do it together, the first one alone reads settings.
+    processes may do it together, the first one alone reads settings. Fields `without` a flag keep their defaults.
     """
 
     def made(work: Work[C]) -> Callable[..., None]:
@@ -43,10 +43,11 @@ def command(
                 elif helped() is not None:
                     return
                 as_json, config = flags.pop("json"), flags.pop("config")
-                work(_settings(kind, flags, config, earlier), as_json)
+                work(_settings(kind, fields, flags, config, earlier), as_json)
 
+        fields = {field.name: field for field in fields_of(kind) if field.name not in without}
         call.__name__, call.__doc__ = work.__name__, work.__doc__
-        parameters = [*map(_parameter, sorted(fields_of(kind), key=_panel)), CONFIG, JSON]
+        parameters = [*map(_parameter, sorted(fields.values(), key=_panel)), CONFIG, JSON]
         call.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         return call
@@ -54,9 +55,10 @@ def command(
     return made
 
 
-def _settings(kind: type[C], flags: Mapping[str, Any], config: str | None, earlier: Earlier | None) -> C:
+def _settings(
+    kind: type[C], fields: Mapping[str, Field], flags: Mapping[str, Any], config: str | None, earlier: Earlier | None
+) -> C:
     """Raises: UsageError naming a setting that does not exist, is missing or wrong."""
-    fields = {field.name: field for field in fields_of(kind)}
     for name, value in flags.items():
         if value == "" or (isinstance(value, list) and "" in value):  # a shell's variable that is not set
             raise UsageError(f"{fields[name].flag} is empty", "Give a value, or leave it out.")

@@ -17,8 +17,12 @@ from .bar import Bar
 from .common import console, counted, emit, scores_table
 
 
-def _earlier(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the run that is to be resumed, where there is one."""
+def earlier(kind: type[Settings]) -> flags.Earlier:
+    """The settings, of a kind, of the run that is to be resumed, where there is one."""
+    return lambda given: _earlier(kind, given)
+
+
+def _earlier(kind: type[Settings], given: dict[str, Any]) -> dict[str, Any]:
     if not given.get("resume"):
         return {}
     if not given.get("out"):
@@ -31,13 +35,13 @@ def _earlier(given: dict[str, Any]) -> dict[str, Any]:
     config = dict(RunFolder(given["out"]).read().get("config", {}))
     if not config and not given.get("data"):
         raise UsageError(f"{given['out']} holds no run to go on with", "Check --out, or begin one with --data.")
-    names = {field.name for field in fields_of(Settings)} - {"resume", "out"}
+    names = {field.name for field in fields_of(kind)} - {"resume", "out"}
     if "epochs" in given and "steps" not in given:  # which else would win
         names.discard("steps")
     return {name: value for name, value in config.items() if name in names}
 
 
-@flags.command(Settings, "training", _earlier, several=True)
+@flags.command(Settings, "training", earlier(Settings), several=True)
 def command(settings: Settings, as_json: bool) -> None:
     """Train an adapter on a data file: LoRA by default.
 

@@ -20,12 +20,15 @@ from inlay.methods.contract import Structure
 
 from .adapterhub_bottleneck import read_bottleneck
 from .adapterhub_bottleneck_out import write_bottleneck, write_coupling
+from .adapterhub_fusion import FILES as FUSION_FILES
+from .adapterhub_fusion_out import labels_of, write_fusion
 from .adapterhub_heads import read_head
-from .adapterhub_keys import HubFile, Written
+from .adapterhub_keys import HubFile, HubKey, Written
 from .adapterhub_linear import read_linear
 from .adapterhub_linear_out import write_linear
 from .adapterhub_reft import read_reft, write_reft
 from .adapterhub_virtual import read_prefix, read_prompt, write_prefix, write_prompt
+from .folder_kinds import FUSION, SETUP
 from .parts import SavedPart
 from .peft import CONFIG, Stored
 from .support import unread_architecture
@@ -94,40 +97,81 @@ def _parts(config: Mapping[str, Any], file: HubFile) -> list[Stored]:
     return found
 
 
-def write_adapterhub(folder: Path, name: str, parts: Sequence[SavedPart], base: Structure, base_name: str) -> None:
-    """Write one adapter, so that AdapterHub's `load_adapter(folder)` opens it. The tensors come first.
+def write_adapterhub(
+    folder: Path, name: str, parts: Sequence[SavedPart], base: Structure, base_name: str,
+    used: Mapping[str, Sequence[SavedPart]] | None = None,
+) -> None:  # fmt: skip
+    """Write one adapter, so that AdapterHub's `load_adapter(folder)` opens it; or a fusion over the adapters `used`,
+    with those, so that `load_adapter_setup(folder)` does. The tensors come first.
 
     Raises: UsageError where AdapterHub has no place for a part, and says why.
     """
+    if used:
+        _write_setup(folder, parts, base, base_name, used)
+        return
     label = re.sub(r"\W", "_", name)
+    _put(folder, CONFIG, FILES[0], _made(label, parts, base), {"name": label, **_described(base, base_name)})
+
+
+def _made(label: str, parts: Sequence[SavedPart], base: Structure) -> Written:
+    """The config of an adapter that AdapterHub calls `label`, and its tensors by whole keys."""
     written = _written(parts, base)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[HubKey, Tensor] = {}
     for _, own in written:
-        for (place, kind, end), value in own.items():
-            key = ".".join(filter(None, (place, kind, label, end)))
-            if key in tensors:
-                titles = " and ".join(part.method.title for part in parts)
-                raise UsageError(f"AdapterHub has one place for two of {titles} ({place})", 'Use format="peft".')
-            tensors[key] = value.detach().cpu().contiguous().clone()
+        if twice := next((key for key in own if key in tensors), None):
+            titles = " and ".join(part.method.title for part in parts)
+            raise UsageError(f"AdapterHub has one place for two of {titles} ({twice.place})", 'Use format="peft".')
+        tensors |= own
     configs = [config for config, _ in written]
-    own = configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs}
-    model = base.model
-    head = {
-        "config": own, "hidden_size": getattr(model.config, "hidden_size", None),
-        "model_class": type(model).__name__, "model_name": base_name or None,
-        "model_type": getattr(model.config, "model_type", None), "name": label, "version": VERSION,
-    }  # fmt: skip
+    return configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs}, tensors
+
+
+def _put(folder: Path, config_file: str, file: str, made: Written, head: Mapping[str, Any]) -> None:
+    """Write one folder: the tensors, and the config under what is said about it in `head`."""
+    config, own = made
+    tensors: dict[str, Tensor] = {}
+    for (place, kind, end), value in own.items():
+        key = ".".join(filter(None, (place, kind, head["name"], end)))
+        tensors[key] = value.detach().cpu().contiguous().clone()
     folder.mkdir(parents=True, exist_ok=True)
-    with written_beside(folder / FILES[0]) as path:
+    with written_beside(folder / file) as path:
         save_file(tensors, path)
-    write_json(folder / CONFIG, head)
+    write_json(folder / config_file, {"config": config, **head})
+
+
+def _described(base: Structure, base_name: str) -> dict[str, Any]:
+    model = base.model
+    return {
+        "hidden_size": getattr(model.config, "hidden_size", None), "model_class": type(model).__name__,
+        "model_name": base_name or None, "model_type": getattr(model.config, "model_type", None), "version": VERSION,
+    }  # fmt: skip
+
+
+def _write_setup(
+    folder: Path, parts: Sequence[SavedPart], base: Structure, base_name: str, used: Mapping[str, Sequence[SavedPart]]
+) -> None:
+    """A fusion with its adapters, each in a folder of its own; what says that they are one comes last."""
+    if len(parts) > 1:
+        titles = " and ".join(part.method.title for part in parts)
+        raise UsageError(f"AdapterHub has no place for {titles} in one adapter", 'Save it with format="peft".')
+    if (folder / CONFIG).exists():
+        raise UsageError(f"{folder} holds another adapter", "Choose a new folder: a fusion is written as several.")
+    labels, fusion = labels_of([*used]), write_fusion(parts[0], base, used)
+    adapters = {label: _made(label, own, base) for label, own in zip(labels, used.values(), strict=True)}
+    described, name = _described(base, base_name), ",".join(labels)
+    for label, made in adapters.items():
+        _put(folder / label, CONFIG, FILES[0], made, {"name": label, **described})
+    _put(folder / name, FUSION, FUSION_FILES[0], fusion, {"name": name, "adapter_names": labels, **described})
+    children = [{"type": "single", "children": [label]} for label in labels]
+    setup = {"adapter_setup": {"type": "Fuse", "children": children}, "head_setup": None, "version": VERSION}
+    write_json(folder / SETUP, setup)
 
 
 def _written(parts: Sequence[SavedPart], base: Structure) -> list[Written]:
     """The config of each part and its tensors. A coupling of the embeddings is said in the config of a bottleneck."""
-    if other := next((part.method for part in parts if part.method.replaces or part.method.uses), None):
-        why = "own modules and adapters over others are not written for AdapterHub"
-        raise UsageError(f"{other.title} is a part: {why}", 'Save it with format="peft".')
+    if other := next((part.method for part in parts if part.method.replaces), None):
+        what = f"{other.title} is a part: own modules are not written for AdapterHub"
+        raise UsageError(what, 'Save it with format="peft".')
     coupled = [part for part in parts if hasattr(part.method, "inv_adapter")]
     linear = [part for part in parts if {site.kind for site in part.sites.values()} <= LINEAR and part not in coupled]
     found = [write_linear(linear, base)] if linear else []

@@ -22,7 +22,7 @@ from .adapterhub_keys import HubFile, block_of
 from .adapterhub_places import check_compared
 from .peft import Stored
 
-__all__ = ["COUPLINGS", "hub_end", "hub_shared_end", "read_bottleneck"]
+__all__ = ["COUPLINGS", "hub_end", "hub_shared_end", "read_bottleneck", "spot_of"]
 
 BESIDE = {"attention_adapters": "attention", "output_adapters": "mlp", "cross_attention_adapters": "cross-attention"}
 """Modules of AdapterHub's own in a block, and the part that they stand behind."""
@@ -46,7 +46,7 @@ def read_bottleneck(config: Mapping[str, Any], file: HubFile) -> list[Stored]:
     sites = {(block_of(site.path, file.base), site.part): site for site in method.sites(file.base)}
     values: dict[str, dict[str, Tensor]] = {}
     for place, stored in file.take("adapters").items():
-        site = sites.pop(_spot(place, file), None)
+        site = sites.pop(spot_of(place, file), None)
         if site is None:
             what = f"{file.where} has an adapter at {place}, where its config has none"
             raise FormatError(what, "Check it, or name the base that it was trained on.")
@@ -68,10 +68,11 @@ def _method(config: Mapping[str, Any], file: HubFile) -> Bottleneck:
         if name not in known and name not in PASSED and not name.startswith(OF_PHM):
             raise FormatError(f"{file.where} sets {name} to {value!r}, which Inlay does not know", LOAD_THERE)
     given = {name: value for name, value in config.items() if name in known and name != "leave_out"}
-    if isinstance(factor := given["reduction_factor"], Mapping):
-        if len(set(factor.values())) != 1:
-            raise FormatError(f"{file.where} has bottlenecks of several sizes: {dict(factor)}", LOAD_THERE)
-        given["reduction_factor"] = next(iter(factor.values()))
+    factor = given["reduction_factor"]
+    if isinstance(factor, Mapping) and len(file.base.stacks) > 1:  # whose blocks are counted on from stack to stack
+        if len(set(factor.values())) != 1 or "default" not in factor:
+            raise FormatError(f"{file.where} has several reduction_factors in an encoder-decoder", LOAD_THERE)
+        given["reduction_factor"] = factor["default"]
     out = config.get("leave_out") or None
     if out and len(file.base.stacks) > 1:
         raise FormatError(f"{file.where} leaves out blocks of an encoder-decoder", LOAD_THERE)
@@ -90,7 +91,7 @@ def _kind(config: Mapping[str, Any]) -> type[Any]:
     return METHODS["houlsby" if both else "pfeiffer"]
 
 
-def _spot(place: str, file: HubFile) -> tuple[str | None, str]:
+def spot_of(place: str, file: HubFile) -> tuple[str | None, str]:
     """The block and the part of it that a module's adapter stands behind."""
     block = block_of(place, file.base)
     inner = "" if block is None else place[len(block) + 1 :]

@@ -26,7 +26,7 @@ MATRICES: tuple[str, ...] = ("q", "k", "v")
 
 CONTAINERS = (
     "adapters", "loras", "refts", "prefix_tunings", "prefix_gates", "prompt_tunings", "invertible_adapters",
-    "shared_parameters",
+    "shared_parameters", "adapter_fusion_layer",
 )  # fmt: skip
 POOL = ".prefix_tuning.pool"
 """Where every attention shows again what the model has once."""

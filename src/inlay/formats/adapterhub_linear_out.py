@@ -51,7 +51,9 @@ def write_linear(parts: Sequence[SavedPart], base: Structure) -> Written:
     if len(sites) < sum(len(part.sites) for part in parts):
         raise UsageError(f"AdapterHub has no place for {title} at one layer", INSTEAD)
     if any(part.method.has_form() for part in parts):
-        scale, changes = _changes(parts, title)
+        forms = {path: _form(part, site) for part in parts for path, site in part.sites.items()}
+        forms, sites = _giving(forms, sites, title, base)
+        scale, changes = _changes(forms, sites, title)
     else:
         scale, changes = 1.0, {path: _gated(part, site) for part in parts for path, site in part.sites.items()}
     kinds = {change.kind for change in changes.values()}
@@ -72,12 +74,36 @@ def write_linear(parts: Sequence[SavedPart], base: Structure) -> Written:
     }
 
 
-def _changes(parts: Sequence[SavedPart], title: str) -> tuple[float, dict[str, Change]]:
+def _giving(
+    forms: Mapping[str, LinearForm], sites: Mapping[str, Site], title: str, base: Structure
+) -> tuple[dict[str, LinearForm], dict[str, Site]]:
+    """The forms and their sites, where a scale of what a layer reads is one of what another gives.
+
+    Raises: UsageError where it is not.
+    """
+    places, known = places_of(base), {site.path: site for site in base.projections}
+    found, at = dict[str, LinearForm](), dict[str, Site]()
+    for path, form in forms.items():
+        if form.in_scale is not None:
+            block = block_of(path, base) or ""
+            other = f"{block}.{places.factors.get(path[len(block) + 1 :], '')}"
+            more = form.factors() is not None or form.out_scale is not None or form.shift is not None
+            if other not in known or more:
+                what = f"{title} scales what {path} reads; AdapterHub scales what a layer gives"
+                raise UsageError(what, INSTEAD)
+            path, form = other, LinearForm(out_scale=form.in_scale)
+        if path in found:
+            raise UsageError(f"AdapterHub has no place for {title} at one layer", INSTEAD)
+        found[path], at[path] = form, known.get(path) or sites[path]
+    return found, at
+
+
+def _changes(
+    forms: Mapping[str, LinearForm], sites: Mapping[str, Site], title: str
+) -> tuple[float, dict[str, Change]]:  # fmt: skip
     """The scale of all products, 1 where they have none in common, and what is done at each layer."""
-    forms = {path: _form(part, site) for part in parts for path, site in part.sites.items()}
     scales = {form.scale for form in forms.values()}
     scale = scales.pop() if len(scales) == 1 and all(form.out_scale is None for form in forms.values()) else 1.0
-    sites = {path: site for part in parts for path, site in part.sites.items()}
     return scale, {path: _change(forms[path], scale, site, title) for path, site in sites.items()}
 
 
@@ -99,11 +125,7 @@ def _form(part: SavedPart, site: Site) -> LinearForm:
     if site.kind != "linear":
         raise UsageError(f"AdapterHub has no place at {site.path}, which is no linear layer of a block", INSTEAD)
     own = {**part.constants, **part.params.get("", {}), **part.params.get(site.path, {})}
-    form = part.method.form({**own, **part.method.derive(own, site)}, site)
-    if form.in_scale is not None:
-        what = f"{part.method.title} scales what {site.path} reads; AdapterHub scales what a layer gives"
-        raise UsageError(what, INSTEAD)
-    return form
+    return part.method.form({**own, **part.method.derive(own, site)}, site)
 
 
 def _change(form: LinearForm, scale: float, site: Site, title: str) -> Change:

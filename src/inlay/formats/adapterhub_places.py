@@ -6,7 +6,7 @@ Reading needs none of this; see `inlay.formats.adapterhub_keys`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from inlay.errors import FormatError, UsageError
 from inlay.methods.contract import Site, Structure
@@ -24,6 +24,9 @@ class Places:
     What it reaches by hooks alone (`hooked`) has no prefixes, and no bottleneck that a block goes on with. In models of
     an `other_stream` it computes the stream behind a sublayer otherwise than their blocks do: behind one norm more, or
     without the part beside it.
+
+    `factors` names, by a layer that reads what the product of two others is, the one of those that nothing acts on
+    before they are multiplied: to scale what the one reads is to scale what the other gives.
     """
 
     attention: str
@@ -32,6 +35,7 @@ class Places:
     output: str
     hooked: bool = False
     other_stream: bool = False
+    factors: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def matrix(self, site: Site, inner: str) -> str:
         """What LoRAConfig calls the linear layer at `inner` inside of a block; "" where it has no word for it."""
@@ -45,10 +49,11 @@ BESIDE = ("attention_adapters", "output_adapters")
 WITHIN = ("attention.output", "output")
 """The modules of BERT's family that add to the residual stream."""
 BERT = Places(*WITHIN, "intermediate.dense", "output.dense")
-GATED = Places(*BESIDE, "mlp.down_proj", "mlp.up_proj")
+PRODUCT = {"mlp.down_proj": "mlp.up_proj"}
+GATED = Places(*BESIDE, "mlp.down_proj", "mlp.up_proj", factors=PRODUCT)
 """The feed-forward part of Llama, as AdapterHub calls its layers: what its first layer is called goes to the last."""
 
-PLUGGED = Places(*BESIDE, "mlp.up_proj", "mlp.down_proj", hooked=True)
+PLUGGED = Places(*BESIDE, "mlp.up_proj", "mlp.down_proj", hooked=True, factors=PRODUCT)
 
 KNOWN: Mapping[str, Places] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), BERT),

@@ -111,11 +111,14 @@ def read_peft(folder: Path, base: Structure, task: int | None = None) -> list[St
     return found
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a folder, whoever wrote it. Raises: UsageError where there is none; FormatError."""
-    path = folder / CONFIG
+def read_config(folder: Path, file: str = CONFIG) -> dict[str, Any]:
+    """The adapter_config.json of a folder, whoever wrote it, or another `file` of settings.
+
+    Raises: UsageError where there is none; FormatError.
+    """
+    path = folder / file
     if not path.exists():
-        raise UsageError(f"{folder} holds no {CONFIG}", "Name the folder that the adapter was saved to.")
+        raise UsageError(f"{folder} holds no {file}", "Name the folder that the adapter was saved to.")
     try:
         config = json.loads(path.read_text(encoding="utf8"))
     except (ValueError, RecursionError) as error:

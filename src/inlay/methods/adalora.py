@@ -43,7 +43,7 @@ Average = Annotated[float, Ge(0), Lt(1)]
 @dataclass(frozen=True)
 class AdaLoRA(LinearMethod):
     """Settings of AdaLoRA, by HF PEFT's names and defaults, but for the rank a checkpoint keeps of each layer,
-    `kept_ranks`. The learning rate is LoRA's, and was not measured here. Inlay's loop adds the penalty and shares the
+    `kept_ranks`. The learning rate is LoRA's. Inlay's loop adds the penalty and shares the
     ranks out; a loop of your own has both in `inlay.training.acting.Acting(adapter, ())`.
     """
 

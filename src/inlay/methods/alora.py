@@ -32,7 +32,7 @@ __all__ = ["ALoRA"]
 @dataclass(frozen=True)
 class ALoRA(LoRA):
     """Settings of aLoRA: those of LoRA (its paper uses ranks of 16 to 32), and the sequence that switches it on. It
-    begins with LoRA's learning rate, and was not measured here.
+    begins with LoRA's learning rate.
     """
 
     title = "aLoRA"

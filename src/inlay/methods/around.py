@@ -51,10 +51,10 @@ class Around:
 
     def begin_at_base(
         self, values: Values, sites: Sequence[Site], base: Structure, generator: torch.Generator
-    ) -> Values:
-        """The fresh parameters `values`, where some of them start as what the base computes: called once, by
-        `bank.add`, while nothing acts beside the base."""
-        return values
+    ) -> tuple[Self, Values]:
+        """The method with what it has chosen by the base, and its fresh parameters `values`, where some of them start
+        as what the base computes: called once, by `bank.add`, while nothing acts beside the base."""
+        return self, values
 
     @property
     def start_rows(self) -> int:

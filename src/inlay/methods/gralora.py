@@ -35,7 +35,7 @@ __all__ = ["GraLoRA"]
 class GraLoRA(LinearMethod):
     """Settings of GraLoRA, by HF PEFT's names and defaults: `r` is the rank that a row of blocks has together,
     `gralora_k` the number of blocks on a side, `hybrid_r` the rank of a plain LoRA beside them. The learning rate is
-    LoRA's, and was not measured here.
+    LoRA's, the best of three for it too.
     """
 
     title = "GraLoRA"

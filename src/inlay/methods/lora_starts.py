@@ -58,6 +58,7 @@ class Starts(Checked):
     """The settings of LoRA's starts; see the module's docstring. Names behind the start's own are HF PEFT's."""
 
     title: ClassVar[str]
+    lr: ClassVar[float]
     uncast: ClassVar[tuple[str, ...]]
     begins_inside: ClassVar[bool] = True
     """Whether A0 and B0 can be there."""
@@ -89,11 +90,19 @@ class Starts(Checked):
             raise UsageError(what, "Use kaiming, gaussian, orthogonal or eva.")
 
     if TYPE_CHECKING:  # what LoRA has
+        use_rslora: bool
 
         def rank(self, site: Site) -> int: ...
         def scale(self, site: Site) -> float: ...
         def alpha_at(self, site: Site) -> float: ...
         def create(self, site: Site, generator: torch.Generator) -> Made: ...
+
+    @property
+    def usual_rate(self) -> float:
+        """Near a third of the usual one where the product is large at once: where B begins away from zero, and where it
+        is divided by the root of r alone. At the usual rate film reviews are learned worse, or not (docs/methods.md).
+        """
+        return 0.3 * self.lr if self.use_rslora or self.init in INSIDE else self.lr
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -139,14 +148,14 @@ class Starts(Checked):
 
     def begin_at_base(
         self, values: Values, sites: Sequence[Site], base: Structure, generator: torch.Generator
-    ) -> Values:
+    ) -> tuple[Self, Values]:
         if self.init != "loftq":
-            return values
+            return self, values
         whole, begun = FullWeights(self.loftq_weights, base.model), dict(values)
         for site in sites:
             a, b = loftq(self.rank(site), self.scale(site), whole.of(site), site.weight())
             begun[site.path] = {**values[site.path], "A": a, "B": b}
-        return begun
+        return self, begun
 
     @property
     def start_rows(self) -> int:

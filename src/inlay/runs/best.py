@@ -16,7 +16,7 @@ from inlay.evaluation.score import Scored
 
 __all__ = ["BestCheckpoint"]
 
-KEPT = ("scores", "best_step", "weights", "overfits", "lowest", "latest")
+KEPT = ("scores", "best_step", "weights", "overfits", "lowest", "latest", "rows")
 """What a checkpoint file holds of it."""
 RISE = 0.02
 """By which share held-out loss stands above its lowest when an adapter is said to overfit."""
@@ -27,7 +27,8 @@ class BestCheckpoint:
     """Held-out scores of one learner over its steps, and its `weights` at the best of them by `metric`.
 
     After `patience` scores in a row that are no better than the best it is `out_of_patience`. `lowest` and `latest` are
-    the rows' losses (nats) and answer tokens, (2, rows) float64, at the lowest loss and at the last score.
+    the rows' losses (nats) and answer tokens, (2, rows) float64, at the lowest loss and at the last score. Where it
+    `keeps_rows`, `rows` are the losses, tokens and hits, (3, rows) float64, at every score.
     """
 
     metric: str
@@ -38,6 +39,8 @@ class BestCheckpoint:
     overfits: bool = False
     lowest: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
     latest: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
+    keeps_rows: bool = False
+    rows: list[Tensor] = field(default_factory=list)
 
     def note(self, step: int, train_loss: float, scored: Scored, weights: dict[str, Tensor]) -> bool:
         """Add the scores after `step`; `train_loss` is the mean of the steps since the last ones.
@@ -46,9 +49,11 @@ class BestCheckpoint:
         """
         scores = scored.scores
         value = scores[self.metric]
-        self.latest = torch.stack(
-            [torch.tensor(own, dtype=torch.float64) for own in (scored.rows.nats, scored.rows.tokens)]
-        )
+        found = scored.rows.nats, scored.rows.tokens, scored.rows.hits
+        values = torch.stack([torch.tensor(own, dtype=torch.float64) for own in found])
+        self.latest = values[:2]
+        if self.keeps_rows:
+            self.rows.append(values)
         if scores["loss"] < min((line["loss"] for line in self._numbers()), default=math.inf):
             self.lowest = self.latest
         better = math.isfinite(value) and (self.best_step is None or self._better(value, self.best_value))

@@ -25,7 +25,8 @@ class RunFolder:
     """Paths of a run's folder, which is made when it is first claimed.
 
     A run of one learner has `adapter/` (the best), `last/`, `final.jsonl` and `report.html`; one of `several` has
-    `adapters/NAME/`, `last/NAME/` and `final/NAME.jsonl`. Both have `checkpoints/`, `metrics.jsonl` and `run.json`.
+    `adapters/NAME/`, `last/NAME/` and `final/NAME.jsonl`. Both have `checkpoints/`, `metrics.jsonl`, `run.json`,
+    and `events.jsonl` where something happened that settings and rows do not decide.
     """
 
     def __init__(self, path: str) -> None:
@@ -34,6 +35,7 @@ class RunFolder:
             raise UsageError(f"{path} is a file", "Name a folder.")
         self.record, self.metrics = self.path / "run.json", self.path / "metrics.jsonl"
         self.checkpoints, self.lock = self.path / "checkpoints", self.path / ".lock"
+        self.events = self.path / "events.jsonl"
         self.several = False
 
     def best(self, name: str) -> Path:

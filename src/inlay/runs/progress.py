@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from inlay.evaluation.score import Items
@@ -10,17 +10,17 @@ from inlay.training.learner import Learner
 
 from .best import BestCheckpoint
 
-__all__ = ["Progress"]
+__all__ = ["Due", "Progress", "every"]
 
 
 class Progress:
-    """A `learner` with its `best` checkpoint. It is scored on `rows` every `eval_every` steps of its own.
+    """A `learner` with its `best` checkpoint. It is scored on `rows` whenever that is `due` after one of its steps.
 
     `seconds` is the run's time up to its last step, scoring left out.
     """
 
-    def __init__(self, learner: Learner, best: BestCheckpoint, rows: Items, eval_every: int) -> None:
-        self.learner, self.best, self.rows, self.eval_every = learner, best, rows, eval_every
+    def __init__(self, learner: Learner, best: BestCheckpoint, rows: Items, due: Due) -> None:
+        self.learner, self.best, self.rows, self._due = learner, best, rows, due
         self.seconds = 0.0
         self._losses = (0.0, 0)
         self._before = (learner.step, learner.tokens)
@@ -37,7 +37,7 @@ class Progress:
     @property
     def score_due(self) -> bool:
         """Whether the learner is to be scored after its last step."""
-        return bool(self.rows) and (self.learner.step % self.eval_every == 0 or not self.learner.live)
+        return bool(self.rows) and (not self.learner.live or self._due(self))
 
     def advance(self, seconds: float) -> int:
         """Take in the learner's last step; returns its tokens, 0 where there was none."""
@@ -64,3 +64,12 @@ class Progress:
         self.best.restore(state["best"])
         self.seconds, self._losses = state["seconds"], state["losses"]
         self._before = (self.learner.step, self.learner.tokens)
+
+
+Due = Callable[[Progress], bool]
+"""Whether a learner is to be scored after its last step; one that has stopped is scored in any case."""
+
+
+def every(steps: int) -> Due:
+    """Due after each so many steps of its own."""
+    return lambda own: own.learner.step % steps == 0

@@ -29,19 +29,24 @@ from .estimate import estimate_mb
 from .finish import finish
 from .folder import RunFolder
 from .libraries import check_libraries
+from .planning import Opened, Planner, recorded_plans
 from .processes import memory_limit, own_device
+from .progress import Due
 from .record import Record
 from .resuming import Start, check_same, start_of
-from .session import OnStep, Select, Session
+from .session import OnStep, Session
 from .settings import Settings, make_method, plan_of
 from .tasking import head_of, task_notices, with_task
 from .together import together
 from .trackers import Tracker
+from .turns import Select
 
 __all__ = ["Settings", "make_method", "peak_memory_mb", "run"]
 
 NAME = "adapter"
 """Of the learner in a run of one."""
+MANY = 16
+"""Methods that are made room for where the plans come later."""
 PATIENT = 2.0
 """Seconds after which the progress of preparing rows is reported, and between two reports."""
 
@@ -50,16 +55,18 @@ OnProgress = Callable[[int, int], None]
 
 def run(
     settings: Settings, on_step: OnStep | None = None, on_message: OnMessage | None = None,
-    on_progress: OnProgress | None = None, plans: Sequence[Plan] | None = None, select: Select | None = None,
+    on_progress: OnProgress | None = None, plans: Sequence[Plan] | Planner | None = None,
+    select: Select | None = None, due: Due | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one adapter, or one for each of `plans`, and return what `train --json` prints; the rest is in the folder
     `settings.out` (`RunFolder`).
 
-    `plans` train together on the same rows in place of the settings' method and course; `select` says which of them
-    stop and start between steps. `on_step` sees each learner after each of its steps, `on_message` (stderr where it is
-    None) gets lines for people, `on_progress` the rows prepared and of how many (`on_message` now and then where it is
-    None). In the processes that torchrun has started, the first one is the run and the others take shares of its steps;
-    all return the same.
+    `plans` train together on the same rows in place of the settings' method and course; a planner makes them when base
+    and rows are there. `select` says which of them stop and start between steps, `due` after which step one is scored
+    (where it is None, the settings do). `on_step` sees each learner after each of its steps, `on_message` (stderr where
+    it is None) gets lines for people, `on_progress` the rows prepared and of how many (`on_message` now and then where
+    it is None). In the processes that torchrun has started, the first one is the run and the others take shares of its
+    steps; all return the same.
 
     Raises: UsageError, DataError or FormatError before any training where settings, data or base are wrong, and then
     leaves no folder; InlayError where the disk is full, or another process has failed; KeyboardInterrupt where the run
@@ -67,16 +74,16 @@ def run(
     """
     on_message = on_message or (lambda line: print(line, file=sys.stderr, flush=True))
     told = on_message, on_progress or _Slow(on_message)
-    return together(lambda shares: _run(settings, plans, select, on_step, *told, shares))
+    return together(lambda shares: _run(settings, plans, select, due, on_step, *told, shares))
 
 
 def _run(
-    settings: Settings, plans: Sequence[Plan] | None, select: Select | None, on_step: OnStep | None,
-    on_message: OnMessage, on_progress: OnProgress, shares: Shares,
+    settings: Settings, plans: Sequence[Plan] | Planner | None, select: Select | None, due: Due | None,
+    on_step: OnStep | None, on_message: OnMessage, on_progress: OnProgress, shares: Shares,
 ) -> dict[str, Any]:  # fmt: skip
     """The run, in its first process."""
     folder = RunFolder(settings.out)
-    start = start_of(settings, plans, folder)
+    start = start_of(settings, None if callable(plans) else plans, folder)
     if start.over:
         on_message(f"{folder.path} holds a finished run: there is nothing to go on with")
         return start.record.get("result") or {}
@@ -85,39 +92,43 @@ def _run(
     with folder.claimed(lambda: session is not None and session.begun):
         tracker = Tracker(settings.track, folder.path / "track", dataclasses.asdict(settings))
         try:
-            session = Session(context, tracker, select)
+            session = Session(context, tracker, select, due)
             return _trained(context, session, start, on_step)
         finally:
             tracker.close()
 
 
 def _context(
-    given: Settings, plans: Sequence[Plan] | None, folder: RunFolder, start: Start, on_message: OnMessage,
-    on_progress: OnProgress, shares: Shares,
+    given: Settings, plans: Sequence[Plan] | Planner | None, folder: RunFolder, start: Start,
+    on_message: OnMessage, on_progress: OnProgress, shares: Shares,
 ) -> Context:  # fmt: skip
     """Check all that needs no base, then load data and base."""
     source = None if given.init_from is None else adapter_folder(given.init_from)
     prompting = prompting_of([source]) if source is not None else None
     settings, why = with_task(_as_trained(given, prompting), prompting)
-    folder.several = plans is not None and len(plans) > 1
-    listed, plans = plans, _plans(settings, plans, source)
+    planner = plans if callable(plans) and not start.record else None
+    listed = (None if planner else recorded_plans(start.record)) if callable(plans) else plans
+    folder.several = planner is not None or (listed is not None and len(listed) > 1)
+    plans = [] if planner else _plans(settings, listed, source)
     check_libraries(settings, [plan.optimizer for plan in plans] or [settings.optimizer])
     limit = memory_limit(settings.memory_limit)
     dataset = load_dataset(settings, prompting.template if prompting else None, on_progress)
     metric = _metric(settings, dataset)
     check_same(start, given, listed, dataset, folder)
-    bound_kernels(len({repr(plan.method) for plan in plans}) or 1)  # before the first products of the process
+    bound_kernels(MANY if planner else len({repr(plan.method) for plan in plans}) or 1)  # before the first products
     head = head_of(dataset.template)
     base = load_base(settings.base, start.dtype(settings), own_device(settings.device), settings.quantize, head)
     bank = attach(base.model)
+    budget = TokenBudget(settings.tokens_at_once, limit, base.model.device, on_message=on_message)
+    if planner is not None:
+        listed = planner(Opened(settings, dataset, base, bank, budget, on_message))
+        plans = _plans(settings, listed, None)
     plans = _for_base(settings, plans, source, base, bank)
     shares.open(_opening(settings, dataset, base, bank, source, len({repr(plan.method) for plan in plans})))
     notices = (*why, *dataset.notices, *task_notices(base, dataset), *_left_out(plans, bank))
     dataset = dataclasses.replace(dataset, notices=notices)
     for line in dataset.notices:  # once nothing can be wrong with the call any more
         on_message(line)
-    device = next(base.model.parameters()).device
-    budget = TokenBudget(settings.tokens_at_once, limit, device, on_message=on_message)
     return Context(
         given, settings, plans, dataset, base, bank, folder, metric, budget, on_message, on_progress, listed or (),
         shares,

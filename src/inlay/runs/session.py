@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,43 +24,37 @@ from .checkpoint import Checkpoints
 from .context import Context
 from .metrics_log import MetricsLog
 from .peaks import Peaks
-from .progress import Progress
+from .progress import Due, Progress, every
 from .signals import Asked, asked_to_stop
 from .trackers import Tracker
+from .turns import Select, Turns
 
-__all__ = ["OnStep", "Select", "Selection", "Session"]
+__all__ = ["OnStep", "Session"]
 
 EVALUATIONS = 4
 """Scorings of a learner where nobody says how often; they take about a tenth of its time."""
+FEWEST = 32
+"""Choosing rows that a scoring takes at least, where nobody says how often there is one."""
 SECONDS = 300.0
 """Between two checkpoints, where nobody says how many steps."""
-VERSION = 2
+VERSION = 3
 """Of a checkpoint's content."""
 
 OnStep = Callable[[Learner, int], None]
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Learners to `stop`, by name with the reason, and names of waiting plans to `start`."""
-
-    stop: Mapping[str, str] = field(default_factory=dict)
-    start: Sequence[str] = ()
-
-
-Select = Callable[[Sequence[Progress], Sequence[Plan]], Selection]
-"""From the learners so far and the plans that wait, who stops and who starts. It is called before the first step and
-after each one, and must depend on nothing else, so that a resumed run chooses as before."""
-
-
 class Session:
     """The learners of a run, from its first step or its last checkpoint to the end.
 
-    `step` counts the steps of the run. All plans start at once, unless `select` says otherwise.
+    `step` counts the steps of the run. All plans start at once, unless `select` says otherwise, and each is scored
+    when that is `due`: as the settings have it where it is None.
     """
 
-    def __init__(self, context: Context, tracker: Tracker, select: Select | None = None) -> None:
-        self.context, self.tracker, self._select = context, tracker, select
+    def __init__(
+        self, context: Context, tracker: Tracker, select: Select | None = None, due: Due | None = None
+    ) -> None:
+        self.context, self.tracker, self._due_score = context, tracker, due
+        self.turns = Turns(context, select)
         self.learners: list[Learner] = []
         self.progress: dict[str, Progress] = {}
         self.step = 0
@@ -86,7 +79,8 @@ class Session:
 
     def start(self) -> None:
         """Add the first learners. Raises: UsageError where a method cannot be trained."""
-        names = list(self.context.plans) if self._select is None else self._select([], self._waiting()).start
+        self.turns.begin(self.context.settings.resume)
+        names = self.turns.choose([], self._waiting()).start if self.turns.selects else list(self.context.plans)
         if not names:
             raise UsageError("no learner starts", "Select one plan at least.")
         self._add(names)
@@ -101,19 +95,19 @@ class Session:
 
     def _progress(self, learner: Learner) -> Progress:
         settings, rows = self.context.settings, self.context.choosing
-        every = settings.eval_every or max(1, learner.total // EVALUATIONS)
+        due = self._due_score or every(settings.eval_every or max(1, learner.total // EVALUATIONS))
         if settings.eval_every is None:  # scoring the rows costs a forward each time
-            rows = rows.first(max(32, learner.total * learner.plan.batch_size // 20))
-        return Progress(learner, BestCheckpoint(self.context.metric, settings.patience), rows, every)
+            rows = rows.first(max(FEWEST, learner.total * learner.plan.batch_size // 20))
+        best = BestCheckpoint(self.context.metric, settings.patience, keeps_rows=self.turns.selects)
+        return Progress(learner, best, rows, due)
 
     def _waiting(self) -> list[Plan]:
         return [plan for name, plan in self.context.plans.items() if name not in self.progress]
 
     def _choose(self) -> None:
         """Stop and start learners as `select` says."""
-        if self._select is None:
-            return
-        chosen = self._select([*self.progress.values()], self._waiting())
+        self.turns.turn += 1
+        chosen = self.turns.choose([*self.progress.values()], self._waiting())
         for name, why in chosen.stop.items():
             if self.progress[name].learner.live:
                 self.progress[name].learner.stop(why)
@@ -150,6 +144,7 @@ class Session:
                 learner.extend()
         self.context.budget.tokens, self.context.budget.backed_off = state["tokens_at_once"], state["backed_off"]
         self.step, self.notices, self._before = state["step"], state["notices"], state["seconds"]
+        self.turns.go_on(state["turn"])
         torch.set_rng_state(state["random"])
         self._log = MetricsLog(self.context.folder.metrics, state["metrics_log"])
         on_message(f"going on after step {self.step}")
@@ -163,6 +158,7 @@ class Session:
             "threads": torch.get_num_threads(),
             "learners": {name: own.state() for name, own in self.progress.items()},
             "step": self.step,
+            "turn": self.turns.turn,
             "tokens_at_once": budget.tokens,
             "backed_off": budget.backed_off,
             "notices": self.notices,
@@ -186,7 +182,7 @@ class Session:
         steps = train_steps(bank, self.learners, examples, budget, recompute, context.task, context.shares)
         try:
             with asked_to_stop() as asked, closing(steps):
-                for stepped in steps:
+                while (stepped := self._next(steps)) is not None:
                     self._after(stepped, on_step)
                     if not self.live or self._due(asked):
                         self._keep()
@@ -195,6 +191,10 @@ class Session:
                         break
         finally:
             self._log.close()
+
+    def _next(self, steps: Iterator[list[Learner]]) -> list[Learner] | None:
+        with self.turns.work("step"):
+            return next(steps, None)
 
     def _after(self, stepped: Sequence[Learner], on_step: OnStep | None) -> None:
         self.begun = True
@@ -233,7 +233,7 @@ class Session:
     def _evaluate(self, own: Progress) -> dict[str, float]:
         """Score a learner on its held-out rows, keep it if it is the best so far, and stop it early if it is not."""
         learner, best, begun = own.learner, own.best, time.perf_counter()
-        with learner.averaged_weights():
+        with learner.averaged_weights(), self.turns.work("score", own.name):
             scored = score(self.context.bank, own.rows, [own.name], self.context.budget)[own.name]
             if best.note(learner.step, own.mean_loss(), scored, learner.weights()):
                 self._keep_best(own)

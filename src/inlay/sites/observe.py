@@ -136,7 +136,7 @@ def attention_sites(base: Base) -> list[Site]:
         if shape is not None and shape.heads:
             repeats = shape.repeats if shape.heads // shape.repeats == _cached_heads(base.model) else 1
             dims = {"heads": shape.heads // repeats, "head_dim": shape.head_dim, "value_dim": shape.value_dim}
-            sites.append(replace(site, keys_of=shape.keys_of, repeats=repeats, **dims))
+            sites.append(replace(site, keys_of=shape.keys_of, repeats=repeats, value_heads=shape.value_heads, **dims))
     return sites
 
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .attention import QKV, handled_by, unwatch, watch
+from .several import value_heads
 from .site import Site
 from .streams import Streams, chosen
 
@@ -39,13 +40,16 @@ class Call:
 @dataclass(frozen=True)
 class HeadShape:
     """Heads of a layer's keys, and the widths of a head's keys and values; `keys_of` is the path of the attention that
-    made them, where it was another; all heads are those of the first `heads / repeats`, over and over."""
+    made them, where it was another; all heads are those of the first `heads / repeats`, over and over. Of layers that
+    compute attention several times, `value_heads` says which heads of a cache's values each time reads, None if that
+    was not seen."""
 
     heads: int
     head_dim: int
     value_dim: int
     keys_of: str = ""
     repeats: int = 1
+    value_heads: tuple[tuple[int, ...], ...] | None = ()
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -79,6 +83,7 @@ class Recorder:
         """Begin anew."""
         self.calls: dict[str, Call] = {}
         self.heads: dict[nn.Module, HeadShape] = {}
+        self._read: dict[nn.Module, list[Tensor]] = {}  # values that the attention which runs has read so far
         self._keys: dict[object, tuple[str, Tensor]] = {}  # who made them; held, so that no two lie in one place
         self.reads = _Reads([*self.linear, *self.tables])
         self._traces = Streams(*self._shown)
@@ -133,6 +138,7 @@ class Recorder:
         maker = self._keys.setdefault((k.data_ptr(), k.shape), (self.paths.get(module, ""), k))[0]
         own = maker == self.paths.get(module, "")
         self.heads[module] = HeadShape(k.shape[1], k.shape[3], qkv[2].shape[3], "" if own else maker, _repeats(k))
+        self._read.setdefault(module, []).append(qkv[2])
         return plain(module, *qkv, mask, **rest)
 
     def mask(self, plain: Callable[..., Any], call: dict[str, Any]) -> Any:
@@ -159,6 +165,8 @@ class Recorder:
         if threading.get_ident() != self._thread:
             return
         self.reads.leave(module)
+        if len(values := self._read.pop(module, ())) > 1:
+            self.heads[module] = replace(self.heads[module], value_heads=value_heads(module, kwargs, values))
         self._turn += 1
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         first = out if isinstance(out, Tensor) else first_tensor(_values(out), {})

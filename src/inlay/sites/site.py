@@ -39,7 +39,9 @@ class Site:
     Where the kind is "experts", `path` is the parameter's and `module` holds it; `experts` counts its matrices, whose
     dimensions are `in_features` and `out_features`, and `stored_transposed` is whether it is stored as (E, in, out).
     `keys_of` is the path of another attention whose keys and values this one reads again, as in Gemma 3n; `repeats` is
-    how many times all `heads` of a cache stand side by side where attention reads them, as in JetMoE.
+    how many times all `heads` of a cache stand side by side where attention reads them, as in JetMoE. Where a layer
+    computes attention several times, as DiffLlama's, `value_heads` are the heads of a cache's values that each of its
+    calls reads; None where that cannot be told.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Site:
     value_dim: int = 0
     keys_of: str = ""
     repeats: int = 1
+    value_heads: tuple[tuple[int, ...], ...] | None = ()
     offset: float = 0.0
     table_scale: float = 1.0
     experts: int = 0

@@ -139,7 +139,10 @@ def _stacks(model: nn.Module) -> tuple[nn.Module, ...]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         encoder, decoder = model.get_encoder(), model.get_decoder()  # pyright: ignore[reportCallIssue]
         while any(module is encoder for module in decoder.modules()):
-            decoder = decoder.get_decoder()  # a whole model of text, behind one of images
+            inner = decoder.get_decoder()  # a whole model of text, behind one of images
+            if inner is decoder:
+                return (encoder,)  # without a decoder, as Whisper's for labels
+            decoder = inner
         return (encoder, decoder)
     stack = getattr(model, "base_model", model)
     while inner := next((child for child in stack.children() if _same_inputs(child, stack, model)), None):

@@ -1,0 +1,66 @@
+"""A race: a run of many contenders, of which the worse are dropped at rungs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from inlay.files import write_json
+from inlay.runs.folder import RunFolder
+from inlay.runs.planning import Opened, recorded_plans
+from inlay.runs.run import OnMessage, OnProgress, run
+from inlay.runs.session import OnStep
+from inlay.training.plan import Plan
+
+from .contenders import contenders
+from .halving import Halving, shares_of
+from .planning import plans_for
+from .settings import RaceSettings
+from .space import read_space
+from .standings import standings
+
+__all__ = ["race"]
+
+
+def race(
+    settings: RaceSettings, on_step: OnStep | None = None, on_message: OnMessage | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Race contenders on the same rows, and return what race.json holds: the best adapter is in `settings.out`/adapter.
+
+    Raises: as `run`; UsageError where the space is empty, fewer than two contenders can act on the base, or the budget
+    does not reach a first rung.
+    """
+    folder = RunFolder(settings.out)
+    earlier = folder.read() if settings.resume else {}
+    space = read_space(settings.space)
+    halving = Halving(shares_of(recorded_plans(earlier)), settings.at_once)
+
+    def plans(opened: Opened) -> Sequence[Plan]:
+        rows = len(opened.dataset.rows)
+        tried = contenders(space, settings.contenders, seed=settings.seed, rows=rows, seeds=settings.seeds)
+        if settings.contenders is not None and (there := len(tried) // settings.seeds) < settings.contenders:
+            opened.on_message(f"the space {settings.space} holds {there} contenders, not {settings.contenders}")
+        made = plans_for(opened, tried, settings.budget)
+        halving.shares = shares_of(made)
+        return made
+
+    run(settings, on_step, on_message, on_progress, plans, halving.select, halving.due)
+    folder.several = True
+    result = standings(folder)
+    if result["winner"] is not None:
+        _keep(folder, result["winner"])
+        result["adapter"] = str(folder.path / "adapter")
+    write_json(folder.path / "race.json", result)
+    return result
+
+
+def _keep(folder: RunFolder, winner: str) -> None:
+    """Copy the winner's adapter to where a run of one has its own."""
+    place, beside = folder.path / "adapter", folder.path / ".adapter.part"
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(folder.best(winner), beside)
+    if place.exists():
+        shutil.rmtree(place)
+    beside.rename(place)
