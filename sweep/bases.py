@@ -100,6 +100,12 @@ class Base:
             return [row[span] for row, span in zip(logits, batch.spans, strict=True)]
         return list(logits)
 
+    def first_row(self, model: Any, batch: Batch) -> Tensor:
+        """What the model makes of the first row's tokens: its output, or its last states where that is one for all."""
+        if USES[self.use].tokens:
+            return self.run(model, batch)[0]
+        return logits_of(model.base_model(**cast(batch.inputs, model)))[0][batch.spans[0]]
+
     def batch(self, rows: Sequence[Row], side: str = "right", width: int = 0) -> Batch:
         """Rows of any lengths, padded on one side to the longest or to `width` columns."""
         return collate(rows, side, width, pad_id(self.original.config))

@@ -89,7 +89,7 @@ class Case:
         try:
             with torch.no_grad():
                 batches = self.base.batch(row), self.base.batch(row, "left", 16)
-                own, moved = (self.base.run(self.plain, batch)[0] for batch in batches)
+                own, moved = (self.base.first_row(self.plain, batch) for batch in batches)
         except Exception:  # what the base cannot do is a law's affair
             return 0.0
         return found if (found := apart(moved, own)) < 1e-6 else 0.0

@@ -140,8 +140,12 @@ def test_a_fusion_alone_is_over_the_adapters_of_the_bank(tmp_path):
         bank.load("f", alone)
     assert "over 'first' and 'second', and the bank has no 'first' and 'second'" in str(caught.value)
     assert "bank.load('first', ...)" in str(caught.value)
-    for name in ("first", "second"):
-        bank.load(name, whole / name)
+    bank.load("first", whole / "first")
+    bank.add("second", inlay.LoRA(r=2))
+    with pytest.raises(FormatError, match="'second' is LoRA, no bottleneck alone"):
+        bank.load("f", alone)
+    bank.remove("second")
+    bank.load("second", whole / "second")
     bank.load("f", alone)
     assert bank.adapters["f"].uses == {"first", "second"}
     bank.set("f")
@@ -277,10 +281,12 @@ def test_a_fusion_that_adapterhub_has_no_place_for_is_not_written(tmp_path):
     bank = inlay.attach(base_of("llama"))
     for name in "abcd":
         bank.add(name, (inlay.Pfeiffer if name in "ab" else inlay.Houlsby)(reduction_factor=4))
+    bank.add("f", inlay.Fusion(adapters=["a", "b"]))
     path = next(iter(bank.adapters["a"].sites))
     wrong = {
         "at some of the sublayers": inlay.Fusion(adapters=["a", "b"], targets=[path]),
         "asks with the stream": inlay.Fusion(adapters=["c", "d"]),
+        "'f' is AdapterFusion, no bottleneck alone": inlay.Fusion(adapters=["a", "f"]),
         "AdapterFusion and Norm tuning in one adapter": [inlay.Fusion(adapters=["a", "b"]), inlay.NormTuning()],
     }
     for number, (words, method) in enumerate(wrong.items()):
@@ -289,7 +295,6 @@ def test_a_fusion_that_adapterhub_has_no_place_for_is_not_written(tmp_path):
             bank.save(str(number), tmp_path / "out", format="adapterhub")
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "adapter_config.json").write_text("{}")
-    bank.add("f", inlay.Fusion(adapters=["a", "b"]))
     with pytest.raises(UsageError, match="holds another adapter"):
         bank.save("f", tmp_path / "held", format="adapterhub")
     assert not (tmp_path / "out").exists()

@@ -701,3 +701,50 @@ def test_an_encoder_that_its_configuration_gives_a_decoder_is_one_stack():
     torch.testing.assert_close(mixed[:1], alone, rtol=0, atol=1e-9)
     torch.testing.assert_close(mixed[1:], plain[1:], rtol=0, atol=1e-9)
     assert (mixed[0] - plain[0]).abs().max() > 1e-6
+
+
+def test_what_all_rows_share_is_refused_to_several_adapters_and_may_be_left_out():
+    """Swin V2's biases of positions are computed once for a batch, and shaped for one row."""
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    torch.manual_seed(0)
+    model = tf.Swinv2ForImageClassification(tf.Swinv2Config(**sizes, num_labels=3)).eval().double()
+    bank, pixels = bank_with(model, a=inlay.LoRA(r=2)), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        with pytest.raises(UsageError, match=r"leave continuous_position_bias_mlp\.0 out"), bank.route(["a", None]):
+            model(pixel_values=pixels)
+        with bank.route(["a", "a"]):
+            model(pixel_values=pixels)
+        bank.add("b", inlay.LoRA(r=2, targets=["query", "key", "value"]), seed=1)
+        for parameter in bank.parameters("b"):
+            parameter.add_(0.1)
+        with bank.route(["b"]):
+            alone = model(pixel_values=pixels[:1]).logits
+        with bank.route(["b", None]):
+            mixed = model(pixel_values=pixels).logits
+        plain = model(pixel_values=pixels).logits
+    torch.testing.assert_close(mixed, torch.cat([alone, plain[1:]]), rtol=0, atol=1e-9)
+    assert (mixed - plain)[0].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_what_an_adapter_adds_to_padding_reaches_no_token_of_a_recurrent_base(name):
+    """Such a base makes zeros of padding before its convolutions; a bias would be more than zero there."""
+    bank = bank_with(make(name), a=inlay.LoRABias(r=2), b=inlay.PromptTuning(num_virtual_tokens=3))
+    with torch.no_grad():
+        for parameter in bank.parameters("a"):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.3)
+    ids = torch.arange(3, 9)[None]
+    with bank.route(["a"]):
+        alone = bank.model(input_ids=ids).logits[0]
+    padded, mask = torch.zeros(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)
+    padded[0, 3:], padded[1], mask[0, :3] = ids[0], torch.arange(3, 12), 0
+    grads = []
+    for rows in (["a", None], ["a", "b"]):  # beside virtual tokens there is more padding
+        with bank.route(rows):
+            out = bank.model(input_ids=padded, attention_mask=mask).logits[0, 3:]
+        torch.testing.assert_close(out, alone, rtol=0, atol=1e-6)
+        grads.append(torch.autograd.grad(out.square().sum(), list(bank.parameters("a"))))
+    own = torch.autograd.grad(alone.square().sum(), list(bank.parameters("a")))
+    for found in grads:
+        for one, other in zip(found, own, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

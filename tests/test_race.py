@@ -18,6 +18,7 @@ from inlay.race.halving import Halving, teams_of
 from inlay.race.race import race
 from inlay.race.rungs import choices, kept, rungs_of, scored, shares_for, work
 from inlay.race.settings import RaceSettings, parse_budget
+from inlay.runs.asking import Ask, Requests
 from inlay.runs.best import BestCheckpoint
 from inlay.runs.events import Events, read_events
 from inlay.runtime.memory import TokenBudget
@@ -89,7 +90,7 @@ def contender(name, step, losses, total=90, stopped="", r=2, seed=0):
     learner = SimpleNamespace(
         plan=plan, step=step, total=total, live=not stopped, stopped=stopped, diverged=stopped.startswith("diverged")
     )
-    return SimpleNamespace(name=name, learner=learner, best=best)
+    return SimpleNamespace(name=name, learner=learner, best=best, kept=False)
 
 
 def test_at_the_first_rung_the_best_third_stays():
@@ -339,3 +340,82 @@ def test_events_are_given_back_once_and_half_lines_are_none(tmp_path):
     assert again.ahead(2, "cut") is None
     again.add(3, "cut", work="score", name="x", tokens=7)
     assert [event["turn"] for event in read_events(path)] == [1, 2, 2, 3]
+
+
+# ---- what people ask
+
+
+def asked(base_folder, reviews, out, on_step=None, **more):  # noqa: F811
+    """Ask something of the race in `out`; returns what was said and what came."""
+    lines = []
+    settings = given(base_folder, reviews, out, SPACE, resume=True, **more)
+    return lines, race(settings, on_step, lines.append)
+
+
+def test_a_race_that_is_over_goes_on_with_what_is_asked(base_folder, reviews, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    first = race(given(base_folder, reviews, out, SPACE), on_message=quiet)
+    last = first["contenders"][-1]["name"]
+    assert first["contenders"][-1]["status"].startswith("dropped")
+    before = files(out)
+    lines, result = asked(base_folder, reviews, out, go_on=last)
+    own = {one["name"]: one for one in result["contenders"]}
+    assert own[last]["status"] == "done" and own[last]["steps"] == 18 and f"{last}: goes on after step 2" in lines
+    now = files(out)
+    assert all(now[name] == before[name] for name in before if last not in name and name != "adapter")
+    lines, result = asked(base_folder, reviews, out, clone=last, set={"lr": 0.02})
+    clone = next(one for one in result["contenders"] if one["name"] == f"{last}+lr0.02")
+    assert clone["lr"] == 0.02 and clone["steps"] > 0 and len(result["contenders"]) == 7
+    assert result["rungs"] == first["rungs"]
+    again = race(given(base_folder, reviews, out, SPACE, resume=True), on_message=quiet)
+    assert again["contenders"] == result["contenders"]
+
+
+WRONG = {
+    "nobody": ({"go_on": "nobody"}, "no contender is called 'nobody'"),
+    "stop at the end": ({"stop": "ia3-3e-2"}, "is over"),
+    "two things": ({"stop": "a", "go_on": "b"}, "are two things"),
+    "settings alone": ({"set": {"lr": 1}}, "--set goes with --clone"),
+}
+
+
+@pytest.fixture(scope="module")
+def over(base_folder, reviews, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("over") / "run"
+    race(given(base_folder, reviews, out, SPACE, steps=6), on_message=quiet)
+    return out
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_asked_is_said(case, over, base_folder, reviews):  # noqa: F811
+    more, said = WRONG[case]
+    with pytest.raises(UsageError, match=said):
+        asked(base_folder, reviews, over, steps=6, **more)
+
+
+def test_what_is_asked_of_a_running_race_outlives_a_kill(base_folder, reviews, tmp_path):  # noqa: F811
+    """It is asked at step 4; the process dies at step 5, and the one that goes on from step 3 is asked again."""
+    torch.set_num_threads(1)
+    first = race(given(base_folder, reviews, tmp_path / "first" / "run", SPACE), on_message=quiet)["winner"]
+
+    def raced(out, dies, **more):
+        def step(learner, total):
+            if learner.step == 4 and learner.plan.name == first and not more:
+                Requests(out / "requests").put(Ask("clone", first, {"lr": 0.05}))
+                Requests(out / "requests").put(Ask("stop", first))
+                Requests(out / "requests").put(Ask("stop", "nobody"))
+            if dies and learner.step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        lines = []
+        result = race(given(base_folder, reviews, out, SPACE, checkpoint_every=3, **more), step, lines.append)
+        return lines, result
+
+    lines, whole = raced(tmp_path / "a" / "run", False)
+    statuses = {one["name"]: one["status"] for one in whole["contenders"]}
+    assert statuses[first] == "stopped by hand" and f"{first}+lr0.05" in statuses
+    assert any("nobody" in line for line in lines)
+    assert forked(lambda: raced(tmp_path / "b" / "run", True)) == -signal.SIGKILL
+    _, again = raced(tmp_path / "b" / "run", False, resume=True)
+    assert {one["name"]: one["status"] for one in again["contenders"]} == statuses
+    assert files(tmp_path / "b" / "run") == files(tmp_path / "a" / "run")

@@ -11,6 +11,7 @@ from sweep.bases import Base, NotBuilt
 from sweep.case import Case
 from sweep.choose import LAW_NAMES, chosen_jobs
 from sweep.laws import LAWS, cells_of
+from sweep.laws_rows import padding_moves, widened
 from sweep.report import matrix, sentences, summary, worse, write_page
 from sweep.run import Job, run_all
 from sweep.store import Store
@@ -101,6 +102,19 @@ def test_an_engine_that_mixes_rows_is_wrong(monkeypatch):
     case.banks.clear()
     verdict = LAWS["mixed"](case, ["lora"])["lora"]
     assert verdict.status == "wrong" and "apart" in verdict.note
+
+
+def test_a_base_that_padding_moves_is_told_from_one_that_it_does_not():
+    """HY-V4 reads the keys of the highest scores; among equal ones padding decides. Its rows are longer than that."""
+    moving, still = Case(Base("vision-text", "hy_v4_vl")), Case(Base("causal", "llama"))
+    assert any(padding_moves(moving, row) for row in moving.base.rows(3))
+    assert not any(padding_moves(still, row) for row in still.base.rows(3))
+    bank = still.shared(["lora", "prompt"])
+    assert widened(bank, ["lora", "prompt"]) and not widened(bank, [None, "lora"])
+
+
+def test_what_a_method_draws_at_random_is_drawn_alike_where_blocks_are_computed_again():
+    assert LAWS["recompute"](Case(Base("causal", "llama")), ["pvera"])["pvera"].status == "right"
 
 
 def test_verdicts_tell_errors_apart():

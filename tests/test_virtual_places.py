@@ -222,8 +222,8 @@ def test_a_base_that_takes_no_cache_moves_no_positions_behind_a_prefix(tmp_path)
 
 def test_a_mean_over_the_pixels_of_a_row_refuses_virtual_tokens():
     torch.manual_seed(0)
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 49, "num_labels": 3}
-    bank = inlay.attach(tf.ImageGPTForImageClassification(tf.ImageGPTConfig(**sizes)).eval())
+    config = tf.ImageGPTConfig(n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=49, num_labels=3)
+    bank = inlay.attach(tf.ImageGPTForImageClassification(config).eval())
     bank.add("prompt", inlay.PromptTuning(num_virtual_tokens=3), seed=1)
     with pytest.raises(UsageError, match="takes a mean over a row's tokens"), bank.route(["prompt", None]):
         bank.model(input_ids=IDS)

@@ -39,9 +39,10 @@ def laid_out(layout: Layout, site: Site, value: Tensor, observed: Observation) -
         return layout
     if len(set(layout.blends)) == 1:
         return _Shared(layout, path)
+    name = ".".join(path.split(".")[-2 if site.name.isdigit() else -1 :])
     raise UsageError(
         f"{path} is given {tuple(value.shape)}, of which it cannot be told what belongs to which of {rows} rows",
-        f"Give all rows one adapter, or leave {site.name} out of the targets.",
+        f"Give all rows one adapter, or leave {name} out of the targets.",
     )
 
 

@@ -9,17 +9,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from inlay.race.settings import WITHOUT, RaceSettings
+from inlay.race.settings import ASKED, WITHOUT, RaceSettings
 
 from . import flags
 from .board import Board
-from .common import counted, emit, number
+from .common import console, counted, emit, number
 from .train import earlier
 
 __all__ = ["command"]
 
 
-@flags.command(RaceSettings, "the race", earlier(RaceSettings), without=WITHOUT)
+def _earlier(given: dict[str, Any]) -> Mapping[str, Any]:
+    """The settings of the race that is resumed, or of which something is asked."""
+    asked = any(given.get(name) for name in ASKED)
+    found = dict(earlier(RaceSettings)({**given, "resume": True} if asked else given))
+    return {**found, "resume": True} if asked else found
+
+
+@flags.command(RaceSettings, "the race", _earlier, without=WITHOUT)
 def command(settings: RaceSettings, as_json: bool) -> None:
     """Find the method, rank, targets and learning rate for your data: contenders train together, the worse ones leave.
 
@@ -33,9 +40,11 @@ def command(settings: RaceSettings, as_json: bool) -> None:
         result = race(settings, board.step, board.message, board.preparing)
     if as_json:
         emit(result, True)
+    elif "asked" in result:
+        console.print("asked; the race does it after its next step", highlight=False)
     else:
         _show(settings, result)
-    if result["winner"] is None:
+    if "asked" not in result and result["winner"] is None:
         raise typer.Exit(1)
 
 

@@ -47,9 +47,9 @@ def write_fusion(part: SavedPart, base: Structure, used: Used) -> Written:
 
 def _check(part: SavedPart, base: Structure, used: Used) -> None:
     method: Any = part.method
-    title, places, reads = method.title, places_of(base), reads_of(used)
     if why := otherwise(used):
-        raise UsageError(f"{title} is over adapters where {why}", INSTEAD)
+        raise UsageError(f"{method.title} is over adapters where {why}", INSTEAD)
+    title, places, reads = method.title, places_of(base), reads_of(used)
     if len(base.stacks) > 1:
         raise UsageError(f"{title} in an encoder-decoder is not written for AdapterHub", INSTEAD)
     if part.sites.keys() != sites_of(used).keys():

@@ -31,7 +31,7 @@ class LoRABias(LoRA):
 
     title = "LoRA with a bias"
     paper = "arXiv:2106.09685"
-    lr = 3e-4
+    lr = 3e-4  # the best of three (docs/methods.md)
     begins_inside = False  # as in HF PEFT, whose lora_bias takes no such start
 
     def sites(self, base: Structure) -> list[Site]:

@@ -52,7 +52,7 @@ class PrefixTuning(VirtualTokens):
 
     init: Annotated[
         str, OneOf(("auto", "random", "zero", "vocab", "text"), "init"),
-        Help("random, zero, or the base's keys and values for random tokens (vocab; auto where it can) or init_text"),
+        Help("the base's keys for random tokens (vocab) or init_text (text), random or zero; auto: vocab, else random"),
     ] = "auto"  # fmt: skip
     prefix_projection: Annotated[bool, Help("train them through a small network, folded away when saved")] = False
     encoder_hidden_size: Annotated[Count | None, Help("width of that network; that of the keys where unset")] = None

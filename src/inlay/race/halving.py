@@ -119,7 +119,7 @@ def _leaving(teams: Sequence[_Team], rung: int) -> dict[str, str]:
             why = f"dropped at rung {rung + 1}: worse than {teams[0].members[0].name} beyond chance"
         else:
             continue
-        found |= {one.name: why for one in team.members if one.learner.live}
+        found |= {one.name: why for one in team.members if one.learner.live and not one.kept}
     return found
 
 

@@ -6,9 +6,11 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+from inlay.errors import UsageError
 from inlay.files import write_json
+from inlay.runs.asking import Requests
 from inlay.runs.folder import RunFolder
-from inlay.runs.planning import Opened, recorded_plans
+from inlay.runs.planning import Opened
 from inlay.runs.run import OnMessage, OnProgress, run
 from inlay.runs.session import OnStep
 from inlay.training.plan import Plan
@@ -18,7 +20,7 @@ from .halving import Halving, shares_of
 from .planning import plans_for
 from .settings import RaceSettings
 from .space import read_space
-from .standings import standings
+from .standings import first_plans, standings
 
 __all__ = ["race"]
 
@@ -33,9 +35,13 @@ def race(
     does not reach a first rung.
     """
     folder = RunFolder(settings.out)
+    if settings.asked:
+        if (answer := _ask(settings, folder)) is not None:
+            return answer
+        settings = settings.unasked()
     earlier = folder.read() if settings.resume else {}
     space = read_space(settings.space)
-    halving = Halving(shares_of(recorded_plans(earlier)), settings.at_once)
+    halving = Halving(shares_of(first_plans(folder, earlier)), settings.at_once)
 
     def plans(opened: Opened) -> Sequence[Plan]:
         rows = len(opened.dataset.rows)
@@ -54,6 +60,25 @@ def race(
         result["adapter"] = str(folder.path / "adapter")
     write_json(folder.path / "race.json", result)
     return result
+
+
+def _ask(settings: RaceSettings, folder: RunFolder) -> dict[str, Any] | None:
+    """Leave what is asked for the race to find; None where that is over and goes on with it.
+
+    Raises: UsageError where there is no race, or no such contender.
+    """
+    (ask,), record = settings.asked, folder.read()
+    plans = record.get("plans") or {}
+    if not plans:
+        raise UsageError(f"{folder.path} holds no race", "Name the --out of one.")
+    if ask.name not in plans and not folder.busy:
+        raise UsageError(f"no contender is called {ask.name!r}", f"There are {', '.join(plans)}.")
+    if folder.finished and ask.what == "stop":
+        raise UsageError(f"the race in {folder.path} is over", "There is nothing to stop.")
+    Requests(folder.requests).put(ask)
+    if folder.busy:
+        return {"asked": ask.to_dict(), "status": "running"}
+    return None
 
 
 def _keep(folder: RunFolder, winner: str) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from inlay.errors import UsageError
+from inlay.runs.asking import Ask
 from inlay.runs.settings import PANELS, Settings
 from inlay.values import Count, Help
 
 __all__ = ["WITHOUT", "Budget", "RaceSettings", "parse_budget"]
 
-WITHOUT = ("method", "set", "init_from", "lr", "patience", "eval_every")
+WITHOUT = ("method", "init_from", "lr", "patience", "eval_every")
 """Settings of a run that a race finds by itself."""
+ASKED = {"stop": "stop", "clone": "clone", "go_on": "continue"}
+"""Flags that ask something of a race that is there already, and what they ask."""
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 COUNTS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6}
-(FIRST, *_) = PANELS
+(FIRST, *_, ASK) = PANELS
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class RaceSettings(Settings):
     contenders: Annotated[Count | None, Help("how many are tried; the space's own number where unset", FIRST)] = None
     seeds: Annotated[Count, Help("contenders of each setting, each with a seed of its own", FIRST)] = 1
     at_once: Annotated[Count | None, Help("contenders in the stream; all where unset", FIRST)] = None
+    stop: Annotated[str | None, Help("of the race in --out: let this contender leave", ASK)] = None
+    clone: Annotated[str | None, Help("of the race in --out: let another like this one enter, with --set", ASK)] = None
+    go_on: Annotated[str | None, Help("of the race in --out: one that left goes on", ASK, "--continue")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,3 +60,17 @@ class RaceSettings(Settings):
             parse_budget(self.budget)
         if self.at_once is not None and self.at_once < self.seeds:
             raise UsageError(f"--at-once {self.at_once} has no room for {self.seeds} seeds", "Raise it.")
+        if self.set and self.clone is None:
+            raise UsageError("--set goes with --clone", "What contenders vary stands in --space.")
+        if len(self.asked) > 1:
+            raise UsageError(f"{' and '.join(ask.what for ask in self.asked)} are two things", "Ask one at a time.")
+
+    @property
+    def asked(self) -> list[Ask]:
+        """What is asked of the race in `out`."""
+        named = {what: getattr(self, name) for name, what in ASKED.items()}
+        return [Ask(what, name, self.set) for what, name in named.items() if name is not None]
+
+    def unasked(self) -> RaceSettings:
+        """The settings of the race itself, which goes on."""
+        return replace(self, resume=True, set={}, **dict.fromkeys(ASKED))

@@ -9,13 +9,24 @@ from typing import Any
 
 from inlay.evaluation.compare import HIGHER
 from inlay.files import finite
+from inlay.runs.asking import Ask
+from inlay.runs.events import read_events
 from inlay.runs.folder import RunFolder
+from inlay.runs.obeying import clone_name
 from inlay.runs.planning import recorded_plans
+from inlay.training.plan import Plan
 
 from .halving import shares_of
 from .rungs import rungs_of
 
-__all__ = ["standings"]
+__all__ = ["first_plans", "standings"]
+
+
+def first_plans(folder: RunFolder, record: Mapping[str, Any]) -> list[Plan]:
+    """The plans that a race began with, which its rungs are of: clones come later."""
+    asks = [event for event in read_events(folder.events) if event["event"] == "ask" and event["what"] == "clone"]
+    clones = {clone_name(Ask(event["what"], event["name"], event["settings"])) for event in asks}
+    return [plan for plan in recorded_plans(record) if plan.name not in clones]
 
 
 def standings(folder: RunFolder) -> dict[str, Any]:
@@ -24,31 +35,19 @@ def standings(folder: RunFolder) -> dict[str, Any]:
     A contender is before another where it came further, or came as far with a better score on the choosing rows;
     `score` and `interval` are of the final rows, which chose nothing.
     """
-    record = folder.read()
-    plans = {plan.name: plan for plan in recorded_plans(record)}
-    chosen = _chosen(folder)
-    metric = (record.get("result") or {}).get("metric") or record.get("metric")
-    shares = shares_of([*plans.values()])
+    record, chosen = folder.read(), _chosen(folder)
+    metric, shares = record.get("metric"), shares_of(first_plans(folder, record))
     learners: Mapping[str, Any] = record.get("learners") or {}
     found = []
-    for name, plan in plans.items():
-        own, scores = learners.get(name) or {}, chosen.get(name, [])
+    for plan in recorded_plans(record):
+        own, scores = learners.get(plan.name) or {}, chosen.get(plan.name, [])
         total = own.get("total_steps") or plan.steps or 1
         passed = sum(step <= (scores[-1]["step"] if scores else 0) for step in rungs_of(total, shares))
+        described = {"name": plan.name, "method": record["plans"][plan.name]["method"]}
+        described |= {"config": record["plans"][plan.name]["set"], "lr": plan.rate, "seed": plan.seed}
         best = _best([line["heldout"] for line in scores], metric)
-        heldout, intervals = own.get("heldout") or {}, own.get("heldout_intervals") or {}
-        found.append({
-            "name": name, "method": record["plans"][name]["method"], "config": record["plans"][name]["set"],
-            "lr": plan.rate, "seed": plan.seed, "status": own.get("status", "waiting"),
-            "score": heldout.get(metric), "interval": intervals.get(metric), "scores": heldout,
-            "choosing": best, "rungs": passed, "steps": own.get("steps"), "total_steps": total,
-            "tokens": own.get("tokens"), "seconds": own.get("seconds"),
-            "trainable_parameters": (own.get("cost") or {}).get("trainable_parameters"),
-            "file_bytes": (own.get("cost") or {}).get("file_bytes"),
-            "virtual_tokens": (own.get("cost") or {}).get("virtual_tokens"),
-            "prefix_tokens": (own.get("cost") or {}).get("prefix_tokens"),
-            "comparison": own.get("comparison"), "adapter": str(folder.path / "adapters" / name),
-        })  # fmt: skip
+        described |= {"choosing": best, "rungs": passed, "total_steps": total}
+        found.append({**described, **_own(own, metric), "adapter": str(folder.path / "adapters" / plan.name)})
     found.sort(key=lambda one: (-one["rungs"], _order(one["choosing"], metric)))
     sound = [one for one in found if not str(one["status"]).startswith("diverged") and one["choosing"] is not None]
     base = next((own["heldout_base"] for own in learners.values() if own.get("heldout_base")), {})
@@ -59,6 +58,15 @@ def standings(folder: RunFolder) -> dict[str, Any]:
         "tokens": sum(one["tokens"] or 0 for one in found), "seconds": record.get("seconds"),
         "whole_tokens": _whole(found), "notices": record.get("notices") or [],
     })  # fmt: skip
+
+
+def _own(own: Mapping[str, Any], metric: str | None) -> dict[str, Any]:
+    """What run.json says of a contender."""
+    heldout, intervals, cost = (own.get(name) or {} for name in ("heldout", "heldout_intervals", "cost"))
+    costs = ("trainable_parameters", "file_bytes", "virtual_tokens", "prefix_tokens")
+    found = {"status": own.get("status", "waiting"), "score": heldout.get(metric), "interval": intervals.get(metric)}
+    found |= {"scores": heldout, **{name: own.get(name) for name in ("steps", "tokens", "seconds", "comparison")}}
+    return found | {name: cost.get(name) for name in costs}
 
 
 def _chosen(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 
-__all__ = ["Line", "bars", "lines", "thinned"]
+__all__ = ["Line", "bars", "lines", "thinned", "tick_names", "ticks"]
 
 WIDTH, HEIGHT = 360, 196
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 38
@@ -25,7 +25,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve; `colour` names a CSS variable, `dots` marks its points, `faint` draws it behind the others."""
+    """A named curve; `colour` names a CSS variable, `dots` marks its points, `faint` draws it behind the others. One
+    without a name stays out of the legend."""
 
     name: str
     points: Sequence[Point]
@@ -136,12 +137,12 @@ def _curve(frame: _Frame, curve: Line) -> list[str]:
 def _axes(frame: _Frame, unit: str, shown: Point, whole: bool = False) -> list[str]:
     """Lines and words of both axes; x has ticks within `shown`, y whole ones too where it counts."""
     parts = []
-    up = [10.0**n for n in _ticks(*frame.y, 5, True)] if frame.log else _ticks(*frame.y, 5, whole)
-    for value, name in zip(up, _named(up), strict=True):
+    up = [10.0**n for n in ticks(*frame.y, 5, True)] if frame.log else ticks(*frame.y, 5, whole)
+    for value, name in zip(up, tick_names(up), strict=True):
         _, y = frame.at((frame.x[0], value))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{name}</text>')
-    for value in _ticks(*frame.x, 5, True):
+    for value in ticks(*frame.x, 5, True):
         if shown[0] <= value <= shown[1]:
             x = frame.at((value, up[0] if up else 1.0))[0]
             parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(value)}</text>')
@@ -150,7 +151,7 @@ def _axes(frame: _Frame, unit: str, shown: Point, whole: bool = False) -> list[s
     return parts
 
 
-def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+def ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
     """Round numbers between low and high, integers where they are to be `whole`."""
     rough = (high - low) / count
     size = 10 ** math.floor(math.log10(rough))
@@ -161,7 +162,7 @@ def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[flo
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _named(values: Sequence[float]) -> list[str]:
+def tick_names(values: Sequence[float]) -> list[str]:
     """Words for an axis' ticks, all of one form."""
     largest = max(map(abs, values), default=0)
     if 1e-2 <= largest < 1e7 or not largest:
@@ -194,5 +195,6 @@ def _legend(curves: Sequence[Line], log: bool) -> str:
         f'<span><i style="background:var({curve.colour});opacity:{0.4 if curve.faint else 1}"></i>'
         f"{escape(curve.name)}</span>"
         for curve in curves
+        if curve.name
     )
     return f'<div class="legend">{named}{"<span>logarithmic scale</span>" if log else ""}</div>'

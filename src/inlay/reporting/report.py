@@ -19,7 +19,7 @@ from .rows import SHOWN, WHOLE, missed_rows
 from .scores import by_label, final_rows, memory_words, scores_of, verdict
 from .words import breakable, cut_front, label_text, number, printable, score_text
 
-__all__ = ["write_report"]
+__all__ = ["page_environment", "write_report"]
 
 LABELS = 30
 """At most, in a table of labels by labels; more would not be read."""
@@ -64,11 +64,12 @@ def write_report(folder: Path, record: Mapping[str, Any], command: Sequence[str]
         "command": [shlex.quote(part) for part in command],
     }
     path = folder / "report.html"
-    write_text(path, printable(_environment().get_template("report.html.jinja").render(context)))
+    write_text(path, printable(page_environment().get_template("report.html.jinja").render(context)))
     return path
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Where the templates of pages are found and how they are filled: what they are given is escaped."""
     loader = PackageLoader("inlay.reporting", "")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -29,14 +29,16 @@ def command_of(record: Mapping[str, Any], portable: bool = False) -> str:
     return shlex.join(command_parts(record, portable))
 
 
-def command_parts(record: Mapping[str, Any], portable: bool = False) -> list[str]:
-    """As `command_of`, argument by argument and not quoted."""
+def command_parts(
+    record: Mapping[str, Any], portable: bool = False, command: str = "train", kind: type[Settings] = Settings
+) -> list[str]:
+    """As `command_of`, argument by argument and not quoted, for a `command` with settings of this `kind`."""
     config = record.get("config") or {}
     if not config.get("data"):
         return []
-    fields = {field.name: field for field in fields_of(Settings)}
+    fields = {field.name: field for field in fields_of(kind)}
     names = [*FIRST, *(name for name in fields if name not in FIRST)]
-    parts = ["inlay", "train"]
+    parts = ["inlay", command]
     for name in names:
         if name == "resume" or name not in config or config[name] == fields[name].default:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from inlay.bank.bank import Bank
@@ -78,6 +79,12 @@ class Context:
     def compared(self) -> list[str | None]:
         """The base, where it can do the task: a head that was drawn at random says nothing."""
         return [] if self.base.fresh else [None]
+
+    def add(self, plan: Plan) -> None:
+        """Let a plan be one of those that the run may have."""
+        fit_of(self.base.model, plan.method, self.settings.max_length)
+        self.plans[plan.name] = replace(plan, method=plan.method.with_tokenizer(self.base.tokenizer))
+        self.listed[plan.name] = plan_record(plan)
 
     @property
     def several(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,20 @@ Event = Mapping[str, Any]
 
 
 class Events:
-    """The events of a run in the file `path`. Those of turns after `since` were written by a process that is gone, and
-    are given back by `ahead`; all of them where `since` is None."""
+    """The events of a run in the file `path`, which begins anew where `since` is None. Those of turns after `since`,
+    and what was asked at it and is not `done`, were written by a process that is gone: `ahead` gives them back."""
 
-    def __init__(self, path: Path, since: int | None = None) -> None:
+    def __init__(self, path: Path, since: int | None = None, done: Collection[str] = ()) -> None:
         self._path = path
         self._ahead: list[dict[str, Any]] = []
         if since is None:
             path.unlink(missing_ok=True)
         elif path.exists():
-            self._ahead = [event for event in read_events(path) if event["turn"] > since]
+            late = {"ask": since}  # a checkpoint may have been written before what was asked at its turn
+            self._ahead = [
+                event for event in read_events(path)
+                if event["turn"] > late.get(event["event"], since + 1) - 1 and event.get("id") not in done
+            ]  # fmt: skip
             _end_line(path)
 
     def ahead(self, turn: int, kind: str, **what: Any) -> Event | None:

@@ -35,7 +35,7 @@ class RunFolder:
             raise UsageError(f"{path} is a file", "Name a folder.")
         self.record, self.metrics = self.path / "run.json", self.path / "metrics.jsonl"
         self.checkpoints, self.lock = self.path / "checkpoints", self.path / ".lock"
-        self.events = self.path / "events.jsonl"
+        self.events, self.requests = self.path / "events.jsonl", self.path / "requests"
         self.several = False
 
     def best(self, name: str) -> Path:
@@ -65,6 +65,19 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return self.read().get("status", "interrupted") not in ("running", "interrupted")
+
+    @property
+    def busy(self) -> bool:
+        """Whether another process is at work in it."""
+        from filelock import FileLock, Timeout
+
+        if not self.lock.exists():
+            return False
+        try:
+            with FileLock(self.lock).acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
 
     def check(self, resume: bool) -> None:
         """Raises: UsageError where a run in the folder would be lost, or the folder cannot be made or written."""

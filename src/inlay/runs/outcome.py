@@ -93,13 +93,14 @@ def _labels(n: int, both: Mapping[str, RowScores]) -> dict[str, Any]:
 
 
 def _losses(n: int, both: Mapping[str, RowScores]) -> dict[str, Any]:
-    """Of row n, the losses (a token) of adapter and base, and their numbers or whether their answers are exact."""
+    """Of row n, the losses (a token) of adapter and base, and their numbers, or their hits among its tokens and whether these are all."""
     line: dict[str, Any] = {f"{name}loss": float(own.nats[n] / max(own.tokens[n], 1)) for name, own in both.items()}
     for name, own in both.items():
         if isinstance(own, NumberScores):
             line[f"{name}number"] = float(own.said[n])
         else:
-            line[f"{name}exact"] = bool(own.exact[n])
+            line["tokens"] = int(own.tokens[n])
+            line |= {f"{name}hits": int(own.hits[n]), f"{name}exact": bool(own.exact[n])}
     return line
 
 

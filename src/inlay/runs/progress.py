@@ -16,12 +16,13 @@ __all__ = ["Due", "Progress", "every"]
 class Progress:
     """A `learner` with its `best` checkpoint. It is scored on `rows` whenever that is `due` after one of its steps.
 
-    `seconds` is the run's time up to its last step, scoring left out.
+    `seconds` is the run's time up to its last step, scoring left out. One that is `kept` is so because people asked
+    for it: it stays to its end whatever its scores are.
     """
 
     def __init__(self, learner: Learner, best: BestCheckpoint, rows: Items, due: Due) -> None:
         self.learner, self.best, self.rows, self._due = learner, best, rows, due
-        self.seconds = 0.0
+        self.seconds, self.kept = 0.0, False
         self._losses = (0.0, 0)
         self._before = (learner.step, learner.tokens)
 
@@ -55,14 +56,14 @@ class Progress:
         return total / max(steps, 1)
 
     def state(self) -> dict[str, Any]:
-        own = {"seconds": self.seconds, "losses": self._losses}
+        own = {"seconds": self.seconds, "losses": self._losses, "kept": self.kept}
         return {"learner": self.learner.state(), "best": self.best.state(), **own}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`. Raises: FormatError where it is another learner's."""
         self.learner.restore(state["learner"])
         self.best.restore(state["best"])
-        self.seconds, self._losses = state["seconds"], state["losses"]
+        self.seconds, self._losses, self.kept = state["seconds"], state["losses"], state["kept"]
         self._before = (self.learner.step, self.learner.tokens)
 
 

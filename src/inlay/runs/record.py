@@ -54,6 +54,7 @@ class Record:
         versions = {"inlay": inlay.__version__, "torch": torch.__version__, "python": platform.python_version()}
         return {
             "status": status,
+            "metric": context.metric,
             "total_steps": max(learner.total for learner in self.session.learners),
             "config": dataclasses.asdict(context.given),
             **({"plans": context.listed} if context.listed else {}),

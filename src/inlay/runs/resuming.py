@@ -42,7 +42,7 @@ def start_of(settings: Settings, plans: Sequence[Plan] | None, folder: RunFolder
     if not settings.resume or not folder.record.exists():
         return Start({})
     record = folder.read()
-    if not folder.finished:
+    if not folder.finished or any(folder.requests.glob("*.json")):
         return Start(record)
     more = not str(record.get("status")).startswith("diverged") and _asks_for_more(settings, plans, record)
     return Start(record, extends=more, over=not more)

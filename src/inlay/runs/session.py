@@ -23,6 +23,7 @@ from .best import BestCheckpoint
 from .checkpoint import Checkpoints
 from .context import Context
 from .metrics_log import MetricsLog
+from .obeying import add_clone, obey
 from .peaks import Peaks
 from .progress import Due, Progress, every
 from .signals import Asked, asked_to_stop
@@ -114,6 +115,12 @@ class Session:
                 self.context.on_message(self.context.named(why, name))
         if chosen.start:
             self._add(chosen.start)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Do what people ask."""
+        for ask in self.turns.asks():
+            obey(ask, self.context, self.progress, self._add)
 
     # ---- resuming
 
@@ -130,6 +137,8 @@ class Session:
             raise FormatError("the checkpoint was written by another version", "Train into another folder.")
         if state["base"] != self.context.bank.fingerprint:
             raise FormatError("the base is another one than before", "Name the same base, or start afresh.")
+        for ask in self.turns.go_on(state["turn"], state["asks"]):
+            add_clone(ask, self.context, state["learners"])
         if unknown := [name for name in state["learners"] if name not in self.context.plans]:
             raise FormatError(f"the checkpoint holds the learner {unknown[0]!r}", "Give its plan, or start afresh.")
         if state["threads"] != torch.get_num_threads():
@@ -144,7 +153,6 @@ class Session:
                 learner.extend()
         self.context.budget.tokens, self.context.budget.backed_off = state["tokens_at_once"], state["backed_off"]
         self.step, self.notices, self._before = state["step"], state["notices"], state["seconds"]
-        self.turns.go_on(state["turn"])
         torch.set_rng_state(state["random"])
         self._log = MetricsLog(self.context.folder.metrics, state["metrics_log"])
         on_message(f"going on after step {self.step}")
@@ -159,6 +167,7 @@ class Session:
             "learners": {name: own.state() for name, own in self.progress.items()},
             "step": self.step,
             "turn": self.turns.turn,
+            "asks": self.turns.done,
             "tokens_at_once": budget.tokens,
             "backed_off": budget.backed_off,
             "notices": self.notices,
@@ -177,6 +186,7 @@ class Session:
         context = self.context
         self._log = self._log or MetricsLog(context.folder.metrics)
         self.peaks.note("loading")
+        self._listen()
         examples, recompute = context.prepared.examples, context.settings.gradient_checkpointing
         bank, budget = context.bank, context.budget
         steps = train_steps(bank, self.learners, examples, budget, recompute, context.task, context.shares)

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["COURSE", "PANELS", "Settings", "differences", "make_method", "plan_of", "plan_record"]
 
-DATA, MODEL, BEST, SAFE = "Data", "Method and base", "Best adapter", "Memory and safety"
+DATA, MODEL, BEST, SAFE, ASK = "Data", "Method and base", "Best adapter", "Memory and safety", "Ask of one there"
 USUAL = "lora"
 """The method where none is named."""
-PANELS = ("", DATA, MODEL, COURSE, BEST, SAFE)
+PANELS = ("", DATA, MODEL, COURSE, BEST, SAFE, ASK)
 """The headings of `--help`, in their order."""
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from inlay.training.plan import Plan
 
+from .asking import Ask, Requests
 from .context import Context
-from .events import Event, Events
+from .events import Event, Events, read_events
 from .progress import Progress
 
 __all__ = ["Select", "Selection", "Turns"]
@@ -38,8 +39,9 @@ class Turns:
 
     def __init__(self, context: Context, select: Select | None) -> None:
         self.context, self._select = context, select
-        self.turn = 0
+        self.turn, self.done = 0, list[str]()
         self._events: Events | None = None
+        self._requests = Requests(context.folder.requests)
 
     @property
     def selects(self) -> bool:
@@ -47,11 +49,30 @@ class Turns:
 
     def begin(self, again: bool) -> None:
         """Begin a run, `again` where one was begun in the folder and left no checkpoint."""
-        self._events = Events(self.context.folder.events, -1 if again else None)
+        self._open(-1 if again else None)
 
-    def go_on(self, turn: int) -> None:
-        """Go on after `turn`, of which a checkpoint holds all that came of it."""
-        self.turn, self._events = turn, Events(self.context.folder.events, turn)
+    def go_on(self, turn: int, done: Sequence[str]) -> list[Ask]:
+        """Go on after `turn`, of which a checkpoint holds all that came of it; returns the asks that are `done`."""
+        self.turn, self.done = turn, list(done)
+        self._open(turn)
+        found = [_ask(event) for event in read_events(self.context.folder.events) if event["event"] == "ask"]
+        return [ask for ask in found if ask.id in self.done]
+
+    def _open(self, since: int | None) -> None:
+        self._events = Events(self.context.folder.events, since, self.done)
+        written = {str(event["id"]) for event in read_events(self.context.folder.events) if event["event"] == "ask"}
+        self._requests = Requests(self.context.folder.requests, written)
+
+    def asks(self) -> Iterator[Ask]:
+        """What is asked at this turn: first what was asked of an earlier process. Each is done before the next."""
+        while (event := self._ahead("ask")) is not None:
+            yield _ask(event)
+            self.done.append(event["id"])
+        for ask in self._requests.waiting():
+            self._add("ask", **ask.to_dict())
+            yield ask
+            self.done.append(ask.id)
+            self._requests.drop(ask)
 
     def choose(self, progress: Sequence[Progress], waiting: Sequence[Plan]) -> Selection:
         """Who stops and who starts at this turn."""
@@ -85,3 +106,7 @@ class Turns:
         except OSError as error:
             why = error.strerror or error
             self.context.on_message(f"what happened at turn {self.turn} is not written ({why}); training goes on")
+
+
+def _ask(event: Event) -> Ask:
+    return Ask(event["what"], event["name"], event["settings"], event["id"])

@@ -1,0 +1,243 @@
+"""The contenders of a race as the page shows them, from race.json, run.json, events.jsonl, metrics.jsonl and the
+final rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inlay.evaluation.compare import HIGHER, Comparison
+from inlay.methods.table import METHODS
+from inlay.values import fields_of
+
+from .curves import read_metrics
+from .race_rows import FinalRows, paired, read_final_rows
+from .words import is_number
+
+__all__ = ["Entrant", "Race", "rate_text", "read_race", "value_text"]
+
+APART = ("lr", "seed", "steps", "epochs", "stop_after", "name", "method", "set")
+"""Fields of a plan that are shown apart, or are the race's own."""
+SHOWN = ("r", "num_virtual_tokens", "targets", "reduction_factor")
+"""Settings that say how much is trained and where: they are shown where they are the defaults too."""
+LIVE = ("running", "interrupted")
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contender; what is not known is None.
+
+    `settings` are the method's and the course's; `line` says them in few words, the learning rate with them. `score`
+    and its `interval` are of the final rows, `choosing` and `first` of the choosing rows: the best, and the one at the
+    first rung. `base` and `winner` are the comparisons with those two on the final rows.
+    """
+
+    place: int
+    name: str
+    method: str
+    title: str
+    line: str
+    state: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    lr: float | None = None
+    seed: Any = None
+    score: float | None = None
+    interval: Any = None
+    choosing: float | None = None
+    first: float | None = None
+    rungs: int | None = None
+    steps: int | None = None
+    total: int | None = None
+    tokens: int | None = None
+    parameters: int | None = None
+    file_bytes: int | None = None
+    added: tuple[int | None, int | None] = (None, None)
+    base: Comparison | None = None
+    winner: Comparison | None = None
+    metrics: Sequence[Mapping[str, Any]] = ()
+    rows: FinalRows | None = None
+
+    @property
+    def diverged(self) -> bool:
+        return self.state.startswith("diverged")
+
+
+@dataclass(frozen=True)
+class Race:
+    """A race, ended or not. `rungs` are shares of a course."""
+
+    status: str
+    metric: str
+    entrants: Sequence[Entrant]
+    winner: Entrant | None = None
+    base: float | None = None
+    final_rows: int | None = None
+    choosing_rows: int | None = None
+    rungs: Sequence[float] = ()
+    tokens: float | None = None
+    whole_tokens: float | None = None
+    seconds: float | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not come to its end."""
+        return self.status in LIVE
+
+    @property
+    def higher(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.metric in HIGHER
+
+
+def read_race(folder: Path, result: Mapping[str, Any], record: Mapping[str, Any]) -> Race:
+    """The race in `folder`: `result` is what race.json holds, or would hold by now, and `record` what run.json holds.
+    Every field of both may be missing."""
+    metric = str(result.get("metric") or record.get("metric") or "loss")
+    metrics = read_metrics(folder / "metrics.jsonl")
+    listed = [own for own in result.get("contenders") or [] if isinstance(own, Mapping) and own.get("name")]
+    rows = {own["name"]: read_final_rows(folder / "final" / f"{own['name']}.jsonl") for own in listed}
+    settings = {own["name"]: _settings(own, record) for own in listed}
+    best = rows.get(result.get("winner"))
+    entered, left = _events(folder / "events.jsonl")
+    entrants = []
+    for place, own in enumerate(listed, 1):
+        name = own["name"]
+        lines = [line for line in metrics if line.get("learner") == name]
+        alike = [settings[other["name"]] for other in listed if other.get("method") == own.get("method")]
+        seeds = len({other.get("seed") for other in listed}) > 1
+        state = _state(own, left.get(name), name in entered)
+        held = [line["heldout"].get(metric) for line in lines if isinstance(line.get("heldout"), Mapping)]
+        against = None if name == result.get("winner") else paired(rows[name], best, metric)
+        entrants.append(Entrant(
+            place, name, str(own.get("method")), _title(own.get("method")), _line(own, settings[name], alike, seeds),
+            state, settings[name], _number(own.get("lr")), own.get("seed"), _number(own.get("score")),
+            own.get("interval"), _number(own.get("choosing")), _number(held[0]) if held else None,
+            _number(own.get("rungs")), _latest(own, lines, "steps", "step"), _number(own.get("total_steps")),
+            _latest(own, lines, "tokens", "tokens"), _number(own.get("trainable_parameters")),
+            _number(own.get("file_bytes")), (_number(own.get("virtual_tokens")), _number(own.get("prefix_tokens"))),
+            _comparison(own.get("comparison")), against, lines, rows[name],
+        ))  # fmt: skip
+    shares = result.get("rungs") or []
+    sound = all(is_number(share) and 0 < share <= 1 for share in shares)
+    live = str(result.get("status") or "") in LIVE
+    spent = [own.tokens for own in entrants if own.tokens is not None]
+    return Race(
+        str(result.get("status") or "of unknown end"), metric, entrants,
+        next((own for own in entrants if own.name == result.get("winner")), None), _number(result.get("base")),
+        _number(result.get("final_rows")), _number(record.get("choosing_rows") or _held(record)),
+        shares if sound else (), sum(spent) if spent else None, None if live else _number(result.get("whole_tokens")),
+        _number(result.get("seconds")),
+    )  # fmt: skip
+
+
+def rate_text(rate: float | None) -> str:
+    """A learning rate as people write it: 1e-3, 3.5e-4."""
+    if not is_number(rate):
+        return "–"
+    digits, _, power = f"{rate:.2e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+
+
+def value_text(value: Any) -> str:
+    """The value of a setting in few words."""
+    if value is None or value == [] or value == {}:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={value_text(own)}" for name, own in value.items())
+    return "+".join(map(value_text, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _number(value: Any) -> Any:
+    return value if is_number(value) else None
+
+
+def _held(record: Mapping[str, Any]) -> Any:
+    return (record.get("data") or {}).get("choosing_rows")
+
+
+def _latest(own: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], name: str, measured: str) -> Any:
+    """What the record says, or the last line that was measured of a race that goes on."""
+    given = _number(own.get(name))
+    return given if given is not None or not lines else _number(lines[-1].get(measured))
+
+
+def _settings(own: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The course's settings and the method's, by name."""
+    plan = (record.get("plans") or {}).get(own["name"]) or {}
+    course = {name: value for name, value in plan.items() if name not in APART}
+    return {**course, **(own.get("config") or {})}
+
+
+def _events(path: Path) -> tuple[set[str], dict[str, str]]:
+    """Who entered the stream, and who left it and why; lines that cannot be read are passed over."""
+    entered: set[str] = set()
+    left: dict[str, str] = {}
+    try:
+        lines = path.read_text(encoding="utf8", errors="replace").splitlines()
+    except OSError:
+        return entered, left
+    for text in lines:
+        try:
+            event = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and event.get("event") == "select":
+            entered |= {str(name) for name in event.get("start") or []}
+            left |= {str(name): str(why) for name, why in (event.get("stop") or {}).items()}
+    return entered, left
+
+
+def _state(own: Mapping[str, Any], left: str | None, entered: bool) -> str:
+    """The record's word; events know more while a race goes on."""
+    said = str(own.get("status") or "waiting")
+    if said not in ("waiting", "running"):
+        return said
+    return left or ("running" if entered else said)
+
+
+def _comparison(found: Any) -> Comparison | None:
+    if not isinstance(found, Mapping) or not is_number(found.get("difference")):
+        return None
+    interval, better = found.get("interval"), found.get("better")
+    there = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(is_number, interval))
+    ends = (float(interval[0]), float(interval[1])) if there else None
+    rows = found.get("rows")
+    return Comparison(
+        str(found.get("metric") or "loss"), float(found["difference"]), ends, rows if isinstance(rows, int) else 0,
+        better if isinstance(better, bool) else None,
+    )  # fmt: skip
+
+
+# ---- words
+
+
+def _title(method: Any) -> str:
+    return METHODS[method].title if method in METHODS else str(method or "–")
+
+
+def _line(own: Mapping[str, Any], settings: Mapping[str, Any], alike: Sequence[Mapping[str, Any]], seeds: bool) -> str:
+    """What tells it from others of its method, and what is not the method's default: "r=8 all-linear, lr 1e-3"."""
+    method = own.get("method")
+    usual = {each.name: each.default for each in fields_of(METHODS[method])} if method in METHODS else {}
+    words = []
+    for name in sorted(settings, key=lambda name: SHOWN.index(name) if name in SHOWN else len(SHOWN)):
+        value = settings[name]
+        varied = any(name not in other or other[name] != value for other in alike)
+        changed = name in usual and _plain(usual[name]) != _plain(value)
+        shown = name in SHOWN and value not in (None, 0, [], "")
+        if varied or changed or shown:
+            words.append(value_text(value) if name == "targets" else f"{name}={value_text(value)}")
+    seed = [f"seed {own.get('seed')}"] if seeds else []
+    return ", ".join(filter(None, [" ".join(words), f"lr {rate_text(own.get('lr'))}", *seed]))
+
+
+def _plain(value: Any) -> Any:
+    """Values as JSON gives them back."""
+    return list(value) if isinstance(value, tuple) else value
