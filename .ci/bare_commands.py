@@ -23,6 +23,7 @@ NOTICE = re.compile(
 """What libraries say when nobody asked; no command of ours says any of it."""
 SAID = {"good": "a warm and funny film", "bad": "a dull and noisy film"}
 TRAIN = ["train", "--data", "rows.csv", "--limit", "24", "--batch-size", "8", "--heldout", "0.25", "--json"]
+RACE = ["race", "--data", "rows.csv", "--space", "quick", "--contenders", "3", "--batch-size", "2", "--heldout", "0.5"]
 ASKED = ["--prompt", "A film to forget.", "--max-new-tokens", "4"]
 COMMANDS = [
     ["--version"],
@@ -41,6 +42,8 @@ COMMANDS = [
     ["chat", "--adapter", "runs/lora/adapter", "--max-new-tokens", "4"],
     ["convert", "--adapter", "runs/lora/adapter", "--to", "lora", "--rank", "4", "--out", "as_lora", "--json"],
     [*TRAIN, "--out", "runs/chosen", "--method", "selective", "--set", "select=heads 0-2 of last 1"],
+    [*RACE, "--out", "runs/race", "--json"],
+    ["eval", "--data", "rows.csv", "--adapter", "runs/race", "--limit", "8", "--json"],
     ["combine", "--adapter", "runs/lora/adapter", "--adapter", "runs/lora/last", "--out", "both", "--json"],
     ["merge", "--adapter", "runs/lora/adapter", "--out", "merged", "--json"],
     ["generate", "--base", "merged", *ASKED, "--json"],

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import inlay
 
@@ -159,7 +159,7 @@ def _dtype(case: Case, names: Sequence[str], dtype: torch.dtype) -> Checks:
             name = wanted[index]
             moved = 0.0 if name is None else distance(_of_rounded(case, name, batch, index, dtype), exact[index])
             if 6 * moved > found:
-                raise BaseFails(f"weights and states rounded to {dtype} alone move the row by {moved:.2g}")
+                raise BaseFails(f"weights rounded to {dtype} alone move the row by {moved:.2g}")
             raise Different(f"{found:.2g} from the exact logits, where the plain base is {own:.2g}")
 
     return {n: verdict_of(lambda i=i: check(i)) for i, n in enumerate(wanted) if n and n != NEIGHBOUR}
@@ -172,16 +172,9 @@ def _logits(case: Case, wanted: Sequence[str | None], batch: Any, dtype: torch.d
 
 
 def _of_rounded(case: Case, name: str, batch: Batch, index: int, dtype: torch.dtype) -> Tensor:
-    """A row's logits, computed exactly from weights, an adapter and states that are rounded: bases that choose the
-    highest of many scores may choose others."""
+    """A row's logits, computed exactly from weights and an adapter that are rounded: bases that choose the highest of
+    many scores may choose others."""
     bank = case.bank([name])
-
-    def rounded(module: nn.Module, args: Any, out: Any) -> Any:
-        return out.to(dtype).to(out.dtype) if isinstance(out, Tensor) and out.is_floating_point() else None
-
-    for module in bank.model.modules():
-        if not [*module.children()]:
-            module.register_forward_hook(rounded)
     with torch.no_grad():
         for parameter in (*bank.model.parameters(), *bank.parameters(name)):
             parameter.copy_(parameter.to(dtype))

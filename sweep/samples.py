@@ -11,6 +11,7 @@ from torch import nn
 
 import inlay
 from inlay.methods.table import METHODS
+from inlay.sites.tiny import quietly, tiny_inputs
 
 from .verdicts import Untried
 
@@ -45,6 +46,44 @@ def _text(bank: inlay.Bank) -> Any:
     if len(inside) == len(linear) or not inside:
         raise Untried("the base has nothing but its text")
     return inlay.LoRA(r=3, targets=inside)
+
+
+def _neighbour(bank: inlay.Bank) -> Any:
+    """LoRA on the text alone where there is something else; else on all layers that are given twice as much for two
+    rows as for one: what all rows share, such as tables of positions, refuses other adapters beside its own."""
+    try:
+        return dataclasses.replace(_text(bank), r=6, alpha=4.0)
+    except Untried:
+        given = {} if "input_ids" in str(bank.model.main_input_name) else _given(bank)
+    paths = [path for path, (one, two) in given.items() if two == 2 * one]
+    return inlay.LoRA(r=6, alpha=4.0, targets=paths) if 0 < len(paths) < len(given) else inlay.LoRA(r=6, alpha=4.0)
+
+
+def _given(bank: inlay.Bank) -> dict[str, tuple[int, int]]:
+    """How many numbers each linear layer is given for one row, and for two."""
+    model: Any = bank.model
+    unusable = bank.base.observed.unusable
+    modules = {site.module: site.path for site in bank.base.projections if site.layer is not None}
+    modules = {module: path for module, path in modules.items() if path not in unusable}
+    counts: list[dict[str, int]] = []
+
+    def count(module: nn.Module, args: Any) -> None:
+        counts[-1][modules[module]] = counts[-1].get(modules[module], 0) + args[0].numel()
+
+    handles = [module.register_forward_pre_hook(count) for module in modules]
+    with quietly(model):
+        for make in tiny_inputs(model):
+            try:
+                one, counts = make(), []
+                for batch in (one, {name: torch.cat([value, value]) for name, value in one.items()}):
+                    counts.append({})
+                    model(**batch)
+                break
+            except Exception:  # whatever the model lacks, the next batch may have
+                counts = []
+    for handle in handles:
+        handle.remove()
+    return {path: (counts[0][path], counts[1].get(path, 0)) for path in counts[0]} if len(counts) == 2 else {}
 
 
 SAMPLES: dict[str, Callable[[inlay.Bank], Any]] = {
@@ -82,10 +121,7 @@ TABLE: dict[str, Callable[[inlay.Bank], Any]] = {**SAMPLES, **{n: _plain(n) for 
 def add(bank: inlay.Bank, name: str) -> None:
     """Add the sample `name`, shaken so that nothing of it is zero. Raises: UsageError where it cannot act here."""
     if name == NEIGHBOUR:
-        try:
-            bank.add(name, dataclasses.replace(_text(bank), r=6, alpha=4.0), seed=7)
-        except Untried:
-            bank.add(name, inlay.LoRA(r=6, alpha=4.0), seed=7)
+        bank.add(name, _neighbour(bank), seed=7)
     else:
         bank.add(name, TABLE[name](bank), seed=len(name))
     shake(bank.parameters(name), seed=sum(map(ord, name)))

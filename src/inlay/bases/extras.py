@@ -16,6 +16,7 @@ EXTRAS = {
     "quantize": "--quantize 4bit",
     "track": "--track tensorboard",
     "race": "--space race.yaml that is sampled",
+    "live": "race --open",
 }
 """What each extra of the package is for."""
 

@@ -41,10 +41,6 @@ class GatedPrefix(UnmovedPrefix):
     encoder_hidden_size: Annotated[Count | None, Help("width of that network; that of the keys where unset")] = 512
     shared_gating: Annotated[bool, Help("one gate for keys and values")] = True
 
-    @property
-    def usual_rate(self) -> float:
-        return 3e-3 if self.prefix_projection else self.lr  # with the network, the best of three (docs/methods.md)
-
     def sites(self, base: Structure) -> list[Site]:
         found = []
         for site in super().sites(base):

@@ -27,11 +27,10 @@ __all__ = ["LoRABias"]
 
 @dataclass(frozen=True)
 class LoRABias(LoRA):
-    """Settings of LoRA with a bias: those of LoRA."""
+    """Settings of LoRA with a bias: those of LoRA, whose learning rate it begins with."""
 
     title = "LoRA with a bias"
     paper = "arXiv:2106.09685"
-    lr = 3e-4  # the best of three (docs/methods.md)
     begins_inside = False  # as in HF PEFT, whose lora_bias takes no such start
 
     def sites(self, base: Structure) -> list[Site]:

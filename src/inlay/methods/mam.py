@@ -29,7 +29,7 @@ class MAM(Preset):
 
     title = "MAM adapter"
     paper = "arXiv:2110.04366"
-    lr = 3e-5  # its parallel adapter breaks down at the paper's 1e-4 where the stream is not normed; see `Parallel`
+    lr = 3e-5  # its parallel adapter breaks down at 1e-4 where the stream is not normed; see `Parallel`
 
     num_virtual_tokens: Annotated[Length, Help("keys put before a row's own in each layer")] = 30
     encoder_hidden_size: Annotated[Count, Help("width of the network that the prefixes come from")] = 800

@@ -30,7 +30,7 @@ class Parallel(Bottleneck):
     """One bottleneck a block, beside the feed-forward part; U starts at zero.
 
     Where the stream is not normed, as in decoders whose norms stand before the parts, film reviews are not learned at
-    the paper's rate of 1e-4 (docs/methods.md): there `ln_before` norms what is read, and without it the rate is low.
+    a rate of 1e-4 (docs/methods.md): there `ln_before` norms what is read, and without it the rate is low.
     """
 
     title = "Parallel adapter"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from inlay.errors import UsageError
 from inlay.files import write_json
+from inlay.reporting.race_page import write_race_page
 from inlay.runs.asking import Requests
+from inlay.runs.command import command_parts
 from inlay.runs.folder import RunFolder
 from inlay.runs.planning import Opened
 from inlay.runs.run import OnMessage, OnProgress, run
@@ -52,14 +57,25 @@ def race(
         halving.shares = shares_of(made)
         return made
 
-    run(settings, on_step, on_message, on_progress, plans, halving.select, halving.due)
+    with _page(settings, folder, on_message):
+        own = replace(settings, open=False)  # which says nothing of the race
+        run(own, on_step, on_message, on_progress, plans, halving.select, halving.due)
     folder.several = True
     result = standings(folder)
     if result["winner"] is not None:
         _keep(folder, result["winner"])
         result["adapter"] = str(folder.path / "adapter")
     write_json(folder.path / "race.json", result)
+    write_race_page(folder.path, result, command_parts(folder.read(), command="race", kind=RaceSettings))
     return result
+
+
+def _page(settings: RaceSettings, folder: RunFolder, on_message: OnMessage | None) -> AbstractContextManager[Any]:
+    if not settings.open:
+        return nullcontext()
+    from .live import Live
+
+    return Live(folder.path, on_message or (lambda line: print(line, file=sys.stderr, flush=True)))
 
 
 def _ask(settings: RaceSettings, folder: RunFolder) -> dict[str, Any] | None:

@@ -50,6 +50,7 @@ class RaceSettings(Settings):
     contenders: Annotated[Count | None, Help("how many are tried; the space's own number where unset", FIRST)] = None
     seeds: Annotated[Count, Help("contenders of each setting, each with a seed of its own", FIRST)] = 1
     at_once: Annotated[Count | None, Help("contenders in the stream; all where unset", FIRST)] = None
+    open: Annotated[bool, Help("show the report while it grows, on this machine alone", FIRST)] = False
     stop: Annotated[str | None, Help("of the race in --out: let this contender leave", ASK)] = None
     clone: Annotated[str | None, Help("of the race in --out: let another like this one enter, with --set", ASK)] = None
     go_on: Annotated[str | None, Help("of the race in --out: one that left goes on", ASK, "--continue")] = None

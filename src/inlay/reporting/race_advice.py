@@ -15,6 +15,8 @@ __all__ = ["advice", "apart", "standing"]
 
 FEWER = 2
 """How many times fewer parameters make another contender worth naming beside the winner."""
+MOST_OF = 0.9
+"""The share of the winner's gain over the base that makes a much smaller one worth naming though it is worse."""
 LOWER = 3
 """What rates that diverged are divided by: the next ones of a grid that has two in a decade."""
 NAMED = 3
@@ -41,9 +43,10 @@ def advice(race: Race) -> Verdict:
 
 def apart(found: Comparison) -> str:
     """A difference in words: "loss −0.235, 95 % interval −0.44 to −0.01"."""
+    size, within = abs(found.difference), interval_text(found.interval)
     sign = "+" if found.difference > 0 else "−" if found.difference < 0 else "±"
-    within = interval_text(found.interval)
-    return f"{found.metric} {sign}{score_text(abs(found.difference))}" + (f", 95 % interval {within}" if within else "")
+    words = f"{size:.4f}" if 5e-5 <= size < 1e-3 else score_text(size)
+    return f"{found.metric} {sign}{words}" + (f", 95 % interval {within}" if within else "")
 
 
 def standing(found: Comparison | None) -> str:
@@ -94,7 +97,11 @@ def _others(race: Race, winner: Entrant) -> list[str]:
         many = len(told)
         if worse:
             said = f"all {many} others" if worse == many > 1 else f"{worse} of {many} others"
-            words.append(f"It is better than {'the other one' if many == 1 else said} beyond chance.")
+            early = any(_course(own) for own in others if own.winner is not None and own.winner.better is False)
+            words.append(
+                f"It is better beyond chance than {'the other one' if many == 1 else said}"
+                f"{', as they were when they left' if early else ''}."
+            )
         else:
             other = "The other one is" if many == 1 else f"None of the {many} others is"
             words.append(f"{other} {'not ' if many == 1 else ''}told from it beyond chance.")
@@ -106,20 +113,30 @@ def _others(race: Race, winner: Entrant) -> list[str]:
 
 
 def _cheaper(winner: Entrant, others: Sequence[Entrant]) -> list[str]:
-    """The smallest one that beats the base and is not told from the winner, where it is much smaller."""
-    found = [
+    """The smallest one that beats the base and is not told from the winner, or else has most of its gain."""
+    small = [
         own for own in others
-        if own.winner is not None and own.winner.better is None and own.winner.rows >= FEW and own.parameters
-        and winner.parameters and own.parameters * FEWER <= winner.parameters
-        and own.base is not None and own.base.better
+        if own.winner is not None and own.winner.rows >= FEW and own.parameters and winner.parameters
+        and own.parameters * FEWER <= winner.parameters and own.base is not None and own.base.better
     ]  # fmt: skip
+    alike = [own for own in small if own.winner is not None and own.winner.better is None]
+    found = alike or [own for own in small if _gain(own, winner) >= MOST_OF]
     if not found:
         return []
     least = min(found, key=lambda own: own.parameters or 0)
     assert least.winner is not None and least.parameters and winner.parameters
-    share = f"1/{winner.parameters / least.parameters:.0f}"
-    return [f"{least.name}{_course(least)} has {share} of its parameters, beats the base too, and is not told from it "
-            f"({apart(least.winner)})."]  # fmt: skip
+    begun = f"{least.name}{_course(least)} has 1/{winner.parameters / least.parameters:.2g} of its parameters"
+    if alike:
+        return [f"{begun}, beats the base too, and is not told from it ({apart(least.winner)})."]
+    gain = f"{_gain(least, winner):.0%}".replace("%", " %")
+    return [f"{begun} and {gain} of its gain over the base, though it is worse beyond chance ({apart(least.winner)})."]
+
+
+def _gain(own: Entrant, winner: Entrant) -> float:
+    """How much of the winner's gain over the base one has."""
+    if own.base is None or winner.base is None or own.base.metric != winner.base.metric or not winner.base.difference:
+        return 0.0
+    return own.base.difference / winner.base.difference
 
 
 def _twins(own: Entrant, other: Entrant) -> bool:

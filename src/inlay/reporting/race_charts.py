@@ -22,9 +22,13 @@ APART = 20
 """Largest score over the least from which on the scale is logarithmic."""
 SIDE = 5
 """Pixels between points of equally many parameters, which would hide one another."""
-PLACES = ((8, 4), (-8, 4), (0, -8), (0, 17), (14, -10), (-14, -10), (14, 20), (-14, 20), (24, 4), (-24, 4),
+PLACES = ((10, 4), (-10, 4), (0, -8), (0, 17), (15, -10), (-15, -10), (15, 20), (-15, 20), (24, 4), (-24, 4),
           (0, -22), (0, 31), (26, -16), (-26, -16), (26, 26), (-26, 26))  # fmt: skip
 """Where a label may stand beside its point, the best first."""
+
+
+_Box = tuple[float, float, float, float]
+"""Left, top, right and foot."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,11 @@ def scatter(race: Race) -> str:
     best = {own.name for own in front(race)}
     path = [f"{dot.x:.1f},{dot.y:.1f}" for dot in sorted(dots, key=lambda dot: dot.x) if dot.own.name in best]
     parts += [f'<polyline class="front" points="{" ".join(path)}"/>'] if len(path) > 1 else []
-    parts += [_bar(dot) for dot in dots] + [_circle(race, dot, best) for dot in dots] + _labels(dots)
+    parts += [_bar(dot) for dot in dots] + [_circle(race, dot, best) for dot in dots]
+    taken = [_around(dot) for dot in dots]
+    if race.base is not None:
+        parts.append(_base_label(y.at(race.base), taken))
+    parts += _labels(dots, taken)
     title = f"{escape(race.metric)} against trained parameters"
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}"><title>{title}</title>' + (
         "".join(parts) + "</svg>"
@@ -176,7 +184,6 @@ def _axes(race: Race, x: _Scale, y: _Scale) -> list[str]:
     if race.base is not None:
         at = y.at(race.base)
         parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{LEFT + 3}" y="{at - 4:.1f}">base</text>')
     return parts
 
 
@@ -202,16 +209,28 @@ def _circle(race: Race, dot: _Dot, best: set[str]) -> str:
     return f'<circle class="{kind}" cx="{dot.x:.1f}" cy="{dot.y:.1f}" r="4"><title>{escape(said)}</title></circle>'
 
 
-def _labels(dots: Sequence[_Dot]) -> list[str]:
-    """The contenders' places as labels, each where it covers the fewest points and labels; far ones have a leader."""
-    taken = [(dot.x - 5, dot.y - 5, dot.x + 5, dot.y + 5) for dot in dots]
+def _around(dot: _Dot) -> _Box:
+    return dot.x - 5, dot.y - 5, dot.x + 5, dot.y + 5
+
+
+def _base_label(at: float, taken: list[_Box]) -> str:
+    """The word at the base's line, at the end of it that hides the least; its box is added to `taken`."""
+    boxes = [(left, top, left + 28.0, top + 12.0) for left in (LEFT + 3.0, WIDTH - RIGHT - 28.0, WIDTH / 2) for top in
+             (at - 15, at + 3)]  # fmt: skip
+    own = min(boxes, key=lambda box: _covered(box, taken))
+    taken.append(own)
+    return f'<text x="{own[0]:.1f}" y="{own[1] + 11:.1f}">base</text>'
+
+
+def _labels(dots: Sequence[_Dot], taken: list[_Box]) -> list[str]:
+    """The contenders' places as labels, each where it covers the least of what is `taken`; far ones have a leader."""
     parts = []
     for n, dot in enumerate(dots):
         text = str(dot.own.place)
         half = 4 * len(text)
         others = taken[:n] + taken[n + 1 :]
 
-        def box(shift: tuple[int, int], dot: _Dot = dot, half: int = half) -> tuple[float, float, float, float]:
+        def box(shift: tuple[int, int], dot: _Dot = dot, half: int = half) -> _Box:
             middle = dot.x + shift[0] + (half - 4 if shift[0] > 0 else 4 - half if shift[0] < 0 else 0)
             return middle - half, dot.y + shift[1] - 11, middle + half, dot.y + shift[1] + 1
 
@@ -227,7 +246,7 @@ def _labels(dots: Sequence[_Dot]) -> list[str]:
     return parts
 
 
-def _covered(own: tuple[float, float, float, float], others: Sequence[tuple[float, float, float, float]]) -> float:
+def _covered(own: _Box, others: Sequence[_Box]) -> float:
     """The area of others that a box covers; a box outside the picture covers most."""
     left, top, right, foot = own
     if left < LEFT or right > WIDTH or top < 0 or foot > HEIGHT - BOTTOM:

@@ -16,7 +16,7 @@ from inlay.evaluation.intervals import student_interval
 
 from .race_entrants import Entrant, Race, rate_text, value_text
 from .race_rows import paired
-from .words import interval_text, number, score_text
+from .words import interval_text, score_text
 
 __all__ = ["Effect", "Group", "Pair", "effects", "pairs"]
 
@@ -46,12 +46,13 @@ class Effect:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two contenders that are alike in all but one setting: `found` is the second one less the first."""
+    """Two contenders that are alike in all but one setting: `found` is the second one less the first, which have taken
+    so many `steps`: a longer course is in the difference too."""
 
     setting: str
     change: str
     names: tuple[str, str]
-    steps: str
+    steps: tuple[int | None, int | None]
     found: Comparison
 
 
@@ -81,15 +82,8 @@ def pairs(race: Race) -> list[Pair]:
                     if compared is not None:
                         change = f"{_value(one, names)} → {_value(other, names)}"
                         label = f"{title}: {_named(names)}"
-                        found.append(Pair(label, change, (one.name, other.name), _steps(one, other), compared))
+                        found.append(Pair(label, change, (one.name, other.name), (one.steps, other.steps), compared))
     return found
-
-
-def _steps(one: Entrant, other: Entrant) -> str:
-    """How long both were trained; a longer course is in the difference too."""
-    if one.steps is None or other.steps is None:
-        return "–"
-    return number(one.steps) if one.steps == other.steps else f"{number(one.steps)} and {number(other.steps)}"
 
 
 # ---- groups

@@ -96,41 +96,53 @@ def read_race(folder: Path, result: Mapping[str, Any], record: Mapping[str, Any]
     """The race in `folder`: `result` is what race.json holds, or would hold by now, and `record` what run.json holds.
     Every field of both may be missing."""
     metric = str(result.get("metric") or record.get("metric") or "loss")
-    metrics = read_metrics(folder / "metrics.jsonl")
     listed = [own for own in result.get("contenders") or [] if isinstance(own, Mapping) and own.get("name")]
-    rows = {own["name"]: read_final_rows(folder / "final" / f"{own['name']}.jsonl") for own in listed}
-    settings = {own["name"]: _settings(own, record) for own in listed}
-    best = rows.get(result.get("winner"))
-    entered, left = _events(folder / "events.jsonl")
-    entrants = []
-    for place, own in enumerate(listed, 1):
-        name = own["name"]
-        lines = [line for line in metrics if line.get("learner") == name]
-        alike = [settings[other["name"]] for other in listed if other.get("method") == own.get("method")]
-        seeds = len({other.get("seed") for other in listed}) > 1
-        state = _state(own, left.get(name), name in entered)
-        held = [line["heldout"].get(metric) for line in lines if isinstance(line.get("heldout"), Mapping)]
-        against = None if name == result.get("winner") else paired(rows[name], best, metric)
-        entrants.append(Entrant(
-            place, name, str(own.get("method")), _title(own.get("method")), _line(own, settings[name], alike, seeds),
-            state, settings[name], _number(own.get("lr")), own.get("seed"), _number(own.get("score")),
-            own.get("interval"), _number(own.get("choosing")), _number(held[0]) if held else None,
-            _number(own.get("rungs")), _latest(own, lines, "steps", "step"), _number(own.get("total_steps")),
-            _latest(own, lines, "tokens", "tokens"), _number(own.get("trainable_parameters")),
-            _number(own.get("file_bytes")), (_number(own.get("virtual_tokens")), _number(own.get("prefix_tokens"))),
-            _comparison(own.get("comparison")), against, lines, rows[name],
-        ))  # fmt: skip
+    reader = _Reader(folder, metric, record, listed, result.get("winner"))
+    entrants = [reader.entrant(place, own) for place, own in enumerate(listed, 1)]
     shares = result.get("rungs") or []
     sound = all(is_number(share) and 0 < share <= 1 for share in shares)
-    live = str(result.get("status") or "") in LIVE
+    status = str(result.get("status") or "of unknown end")
     spent = [own.tokens for own in entrants if own.tokens is not None]
     return Race(
-        str(result.get("status") or "of unknown end"), metric, entrants,
-        next((own for own in entrants if own.name == result.get("winner")), None), _number(result.get("base")),
-        _number(result.get("final_rows")), _number(record.get("choosing_rows") or _held(record)),
-        shares if sound else (), sum(spent) if spent else None, None if live else _number(result.get("whole_tokens")),
-        _number(result.get("seconds")),
+        status, metric, entrants, next((own for own in entrants if own.name == result.get("winner")), None),
+        _number(result.get("base")), _number(result.get("final_rows")),
+        _number(record.get("choosing_rows") or (record.get("data") or {}).get("choosing_rows")),
+        shares if sound else (), sum(spent) if spent else None,
+        None if status in LIVE else _number(result.get("whole_tokens")), _number(result.get("seconds")),
     )  # fmt: skip
+
+
+class _Reader:
+    """What stands in the race's folder, and the contenders as race.json lists them."""
+
+    def __init__(
+        self, folder: Path, metric: str, record: Mapping[str, Any], listed: Sequence[Mapping[str, Any]], winner: Any
+    ) -> None:
+        self.metric, self.listed, self.winner = metric, listed, winner
+        self.metrics = read_metrics(folder / "metrics.jsonl")
+        self.entered, self.left = _events(folder / "events.jsonl")
+        self.rows = {own["name"]: read_final_rows(folder / "final" / f"{own['name']}.jsonl") for own in listed}
+        self.settings = {own["name"]: _settings(own, record) for own in listed}
+        self.seeds = len({own.get("seed") for own in listed}) > 1
+
+    def entrant(self, place: int, own: Mapping[str, Any]) -> Entrant:
+        name, settings = own["name"], self.settings[own["name"]]
+        lines = [line for line in self.metrics if line.get("learner") == name]
+        held = [line["heldout"].get(self.metric) for line in lines if isinstance(line.get("heldout"), Mapping)]
+        alike = [self.settings[other["name"]] for other in self.listed if other.get("method") == own.get("method")]
+        against = None
+        if name != self.winner:
+            against = paired(self.rows[name], self.rows.get(self.winner), self.metric)
+        return Entrant(
+            place, name, str(own.get("method")), _title(own.get("method")), _line(own, settings, alike, self.seeds),
+            _state(own, self.left.get(name), name in self.entered), settings, _number(own.get("lr")), own.get("seed"),
+            _number(own.get("score")), own.get("interval"), _number(own.get("choosing")),
+            _number(held[0]) if held else None, _number(own.get("rungs")), _latest(own, lines, "steps", "step"),
+            _number(own.get("total_steps")), _latest(own, lines, "tokens", "tokens"),
+            _number(own.get("trainable_parameters")), _number(own.get("file_bytes")),
+            (_number(own.get("virtual_tokens")), _number(own.get("prefix_tokens"))),
+            _comparison(own.get("comparison")), against, lines, self.rows[name],
+        )  # fmt: skip
 
 
 def rate_text(rate: float | None) -> str:
@@ -156,10 +168,6 @@ def value_text(value: Any) -> str:
 
 def _number(value: Any) -> Any:
     return value if is_number(value) else None
-
-
-def _held(record: Mapping[str, Any]) -> Any:
-    return (record.get("data") or {}).get("choosing_rows")
 
 
 def _latest(own: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], name: str, measured: str) -> Any:
@@ -205,9 +213,8 @@ def _state(own: Mapping[str, Any], left: str | None, entered: bool) -> str:
 def _comparison(found: Any) -> Comparison | None:
     if not isinstance(found, Mapping) or not is_number(found.get("difference")):
         return None
-    interval, better = found.get("interval"), found.get("better")
-    there = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(is_number, interval))
-    ends = (float(interval[0]), float(interval[1])) if there else None
+    interval, better = found.get("interval") or [], found.get("better")
+    ends = (float(interval[0]), float(interval[1])) if len(interval) == 2 and all(map(is_number, interval)) else None
     rows = found.get("rows")
     return Comparison(
         str(found.get("metric") or "loss"), float(found["difference"]), ends, rows if isinstance(rows, int) else 0,
@@ -224,7 +231,7 @@ def _title(method: Any) -> str:
 
 def _line(own: Mapping[str, Any], settings: Mapping[str, Any], alike: Sequence[Mapping[str, Any]], seeds: bool) -> str:
     """What tells it from others of its method, and what is not the method's default: "r=8 all-linear, lr 1e-3"."""
-    method = own.get("method")
+    method = str(own.get("method"))
     usual = {each.name: each.default for each in fields_of(METHODS[method])} if method in METHODS else {}
     words = []
     for name in sorted(settings, key=lambda name: SHOWN.index(name) if name in SHOWN else len(SHOWN)):

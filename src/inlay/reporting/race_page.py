@@ -12,12 +12,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from inlay.evaluation.compare import Comparison
 from inlay.files import write_text
 
 from .naming import named
 from .race_advice import advice, apart, standing
 from .race_charts import curves, front, scatter
-from .race_effects import effects, pairs
+from .race_effects import Pair, effects, pairs
 from .race_entrants import Entrant, Race, read_race
 from .report import page_environment
 from .words import breakable, interval_text, number, printable, score_text
@@ -35,8 +36,7 @@ class Row:
 
     place: int
     name: str
-    title: str
-    line: str
+    line: Sequence[str]
     state: str
     score: str
     within: str
@@ -81,13 +81,14 @@ def race_page(folder: Path, result: Mapping[str, Any] | None = None, command: Se
     rows, compared = [_row(race, own) for own in race.entrants], pairs(race)
     context = {
         "title": _title(race, config), "subtitle": _subtitle(race, config), "race": race, "verdict": advice(race),
-        "links": _links(folder), "notices": [*map(str, result.get("notices") or record.get("notices") or [])],
+        "links": [] if race.live else _links(folder),
+        "notices": [*map(str, result.get("notices") or record.get("notices") or [])],
         "scatter": Markup(scatter(race)), "front": [own.name for own in front(race)],
         "charts": [(title, Markup(svg)) for title, svg in curves(race)],
         "rows": rows, "base": score_text(race.base), "metric": race.metric.replace("_", " "),
         "direction": "more" if race.higher else "less",
         "final": _counted(race.final_rows, "final row"), "choosing": _counted(race.choosing_rows, "choosing row"),
-        "compared": any(row.base[1] != "–" or row.winner[1] != "–" for row in rows),
+        "compared": any(own.base is not None or own.winner is not None for own in race.entrants),
         "comparisons": sum((own.base is not None) + (own.winner is not None) for own in race.entrants),
         "effects": effects(race), "pairs": [_pair(pair) for pair in compared[:PAIRS]],
         "more_pairs": max(0, len(compared) - PAIRS), "rungs": _rungs(race), "facts": _facts(race, record),
@@ -131,14 +132,19 @@ def _counted(count: float | None, noun: str) -> str:
 
 
 def _row(race: Race, own: Entrant) -> Row:
-    size = None if own.file_bytes is None else own.file_bytes / MB
     steps = "–" if own.steps is None else f"{number(own.steps)} of {number(own.total)}"
     won = race.winner is own
     return Row(
-        own.place, own.name, own.title, own.line, own.state, score_text(own.score), interval_text(own.interval),
-        score_text(own.choosing), number(own.parameters), "–" if size is None else f"{size:,.1f} MB", _added(own),
-        number(own.tokens), steps, _against(own.base), ("", "") if won else _against(own.winner), won,
+        own.place, own.name, f"{own.title} {own.line}".split(), own.state, score_text(own.score),
+        interval_text(own.interval), score_text(own.choosing), number(own.parameters), _size(own.file_bytes),
+        _added(own), number(own.tokens), steps, _against(own.base), ("", "") if won else _against(own.winner), won,
     )  # fmt: skip
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "–"
+    return f"{count / MB:,.1f} MB" if count >= MB / 10 else f"{count / 1024:,.1f} kB"
 
 
 def _added(own: Entrant) -> str:
@@ -150,13 +156,17 @@ def _added(own: Entrant) -> str:
     return " + ".join([*parts, f"{number(prefix)} keys"] if prefix else parts) or "0"
 
 
-def _against(found: Any) -> tuple[str, str]:
+def _against(found: Comparison | None) -> tuple[str, str]:
     return ("" if found is None else apart(found), standing(found))
 
 
-def _pair(pair: Any) -> tuple[str, str, str, str, str]:
-    names = f"{pair.names[0]} → {pair.names[1]}"
-    return pair.setting, pair.change, names, pair.steps, f"{apart(pair.found)}: {standing(pair.found)}"
+def _pair(pair: Pair) -> tuple[str, str, str, str, str]:
+    words, names = f"{apart(pair.found)}: {standing(pair.found)}", f"{pair.names[0]} → {pair.names[1]}"
+    steps = " and ".join(dict.fromkeys(map(number, pair.steps)))
+    one, other = pair.steps
+    if one is not None and other is not None and one != other:
+        words += f", with {'more' if other > one else 'fewer'} steps"
+    return pair.setting, pair.change, names, steps, words
 
 
 # ---- what it took

@@ -68,13 +68,13 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> FinalRows:
     weighed = all("tokens" in row and "hits" in row for row in rows)
     tokens = np.array([row["tokens"] if weighed else 1 for row in rows], np.int64)
     hits = np.array([row["hits"] if weighed else bool(row["exact"]) for row in rows], np.int64)
-    losses = np.array([_real(row["loss"]) for row in rows])
-    return FinalRows(keys, RowScores(numbers, losses * tokens, tokens, hits), weighed)
+    losses = np.array([_real(row["loss"]) for row in rows], np.float64)
+    return FinalRows(keys, RowScores(numbers, losses * tokens.astype(np.float64), tokens, hits), weighed)
 
 
 def _labelled(rows: Sequence[Mapping[str, Any]]) -> RowScores:
     labels = [*rows[0]["probabilities"]]
-    chances = np.array([[_real(row["probabilities"][label]) for label in labels] for row in rows])
+    chances = np.array([[_real(row["probabilities"][label]) for label in labels] for row in rows], np.float64)
     right = np.array([labels.index(str(row["label"])) for row in rows])
     said = np.array([labels.index(str(row["said"])) for row in rows])
     with np.errstate(divide="ignore"):

@@ -93,7 +93,7 @@ def _labels(n: int, both: Mapping[str, RowScores]) -> dict[str, Any]:
 
 
 def _losses(n: int, both: Mapping[str, RowScores]) -> dict[str, Any]:
-    """Of row n, the losses (a token) of adapter and base, and their numbers, or their hits among its tokens and whether these are all."""
+    """Of row n, the losses (a token) of adapter and base, and their numbers, or their hits among the row's tokens."""
     line: dict[str, Any] = {f"{name}loss": float(own.nats[n] / max(own.tokens[n], 1)) for name, own in both.items()}
     for name, own in both.items():
         if isinstance(own, NumberScores):
