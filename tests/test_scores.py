@@ -15,6 +15,7 @@ from inlay.evaluation.intervals import intervals, mean_interval, student, tail, 
 from inlay.evaluation.rows import Confusion, RowScores
 from inlay.evaluation.score import Scored
 from inlay.runs.outcome import Final
+from inlay.reporting.race_rows import read_final_rows
 from inlay.runs.run import run
 from test_crash import reviews, settings  # noqa: F401
 
@@ -251,7 +252,10 @@ def test_text_rows_have_losses_of_their_own(base_folder, tmp_path):
     said = []
     result = run(settings(base_folder, data, tmp_path / "run", **given), on_message=said.append)
     lines = [json.loads(line) for line in (tmp_path / "run" / "final.jsonl").read_text().splitlines()]
-    assert {*lines[0]} == {"where", "prompt", "answer", "loss", "base_loss", "exact", "base_exact"}
+    both = {"loss", "exact", "hits", "base_loss", "base_exact", "base_hits"}
+    assert {*lines[0]} == {"where", "prompt", "answer", "tokens"} | both
+    again = read_final_rows(tmp_path / "run" / "final.jsonl")
+    assert again is not None and again.scores.scores() == pytest.approx(result["heldout"])
     assert lines[0]["prompt"].startswith("question") and lines[0]["answer"].startswith("answer")
     assert sum(line["exact"] for line in lines) / 10 == result["heldout"]["exact_match"]
     assert any("no better than the base on the 10 final rows" in line for line in said)
