@@ -291,7 +291,7 @@ def test_settings_are_grouped_and_those_that_go_together_are_one(tmp_path):
 
 
 def test_pairs_differ_in_one_setting(tmp_path):
-    found = pairs(race_of(four(tmp_path)))
+    found = [*pairs(race_of(four(tmp_path)))]
     assert [(pair.setting, pair.change) for pair in found] == [
         ("LoRA: learning rate", "1e-4 → 1e-3"), ("LoRA: learning rate", "1e-4 → 1e-3"),
         ("LoRA: r, alpha", "4, 8 → 16, 32"), ("LoRA: r, alpha", "4, 8 → 16, 32"),
@@ -387,6 +387,23 @@ def test_a_race_that_goes_on_has_a_page(tmp_path):
         "1,000" in found.said and "Times fewer" not in found.said and "Which differences are chance" not in found.said
     )
     assert "inlay merge" not in found.said
+
+
+def test_while_it_goes_on_events_say_who_left_and_who_came_back(tmp_path):
+    bare = {"status": "running", "score": None, "steps": None, "tokens": None, "rungs": 0}
+    listed = [contender(f"lora-{name}", 0.4, **bare) for name in "abcd"] + [
+        contender("ia3-e", 0.4, **bare | {"rungs": 3})
+    ]
+    folder_of(tmp_path, *listed, status="running", final=False)
+    asks = [("stop", "lora-a"), ("continue", "lora-b"), ("stop", "lora-d"), ("stop", "ia3-e")]
+    stop = {"lora-b": "dropped at rung 1: place 2 of 3", "lora-c": "dropped at rung 1: place 3 of 3"}
+    events = [{"event": "select", "stop": {}, "start": ["lora-a", "lora-b", "lora-c", "ia3-e"]},
+              {"event": "select", "stop": stop, "start": []},
+              *({"event": "ask", "what": what, "name": name} for what, name in asks)]  # fmt: skip
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert {own.name: own.state for own in race_of(tmp_path).entrants} == {
+        "lora-a": "stopped by hand", "lora-b": "running", "lora-c": stop["lora-c"], "lora-d": "running", "ia3-e": "done",
+    }  # fmt: skip
 
 
 def test_the_command_repeats_the_race():

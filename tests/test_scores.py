@@ -14,8 +14,8 @@ from inlay.evaluation.compare import compare
 from inlay.evaluation.intervals import intervals, mean_interval, student, tail, wilson
 from inlay.evaluation.rows import Confusion, RowScores
 from inlay.evaluation.score import Scored
-from inlay.runs.outcome import Final
 from inlay.reporting.race_rows import read_final_rows
+from inlay.runs.outcome import Final
 from inlay.runs.run import run
 from test_crash import reviews, settings  # noqa: F401
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,23 +67,28 @@ def effects(race: Race) -> list[Effect]:
     return found
 
 
-def pairs(race: Race) -> list[Pair]:
-    """Neighbours in one setting that share the method, the seed and all other settings, on the final rows."""
-    found: list[Pair] = []
+def pairs(race: Race) -> Iterator[Pair]:
+    """Neighbours in one setting that share the method, the seed and all other settings, on the final rows. Each is
+    compared when it is asked for."""
     for title, entrants in _grouped(race.entrants, lambda own: own.title).items():
         varied = _varied(entrants)
         for names in varied:
             rest = [name for others in varied if others != names for name in others]
-            alike = _grouped(entrants, lambda own, rest=rest: json.dumps([own.seed, _values(own, rest)], default=str))
-            for members in alike.values():
-                ordered = sorted(members, key=lambda own, names=names: _rank(_values(own, names)[0]))
-                for one, other in itertools.pairwise(ordered):
-                    compared = paired(other.rows, one.rows, race.metric)
-                    if compared is not None:
-                        change = f"{_value(one, names)} → {_value(other, names)}"
-                        label = f"{title}: {_named(names)}"
-                        found.append(Pair(label, change, (one.name, other.name), (one.steps, other.steps), compared))
-    return found
+            for one, other in _neighbours(entrants, names, rest):
+                found = paired(other.rows, one.rows, race.metric)
+                if found is not None:
+                    change = f"{_value(one, names)} → {_value(other, names)}"
+                    setting, steps = f"{title}: {_named(names)}", (one.steps, other.steps)
+                    yield Pair(setting, change, (one.name, other.name), steps, found)
+
+
+def _neighbours(
+    entrants: Sequence[Entrant], names: Sequence[str], rest: Sequence[str]
+) -> Iterator[tuple[Entrant, Entrant]]:
+    """Those that come next to one another by the settings `names` and are equal in the `rest` and the seed."""
+    alike = _grouped(entrants, lambda own: json.dumps([own.seed, _values(own, rest)], default=str))
+    for members in alike.values():
+        yield from itertools.pairwise(sorted(members, key=lambda own: _rank(_values(own, names)[0])))
 
 
 # ---- groups

@@ -130,14 +130,14 @@ class _Reader:
         lines = [line for line in self.metrics if line.get("learner") == name]
         held = [line["heldout"].get(self.metric) for line in lines if isinstance(line.get("heldout"), Mapping)]
         alike = [self.settings[other["name"]] for other in self.listed if other.get("method") == own.get("method")]
-        against = None
+        against, steps = None, _latest(own, lines, "steps", "step")
         if name != self.winner:
             against = paired(self.rows[name], self.rows.get(self.winner), self.metric)
         return Entrant(
             place, name, str(own.get("method")), _title(own.get("method")), _line(own, settings, alike, self.seeds),
-            _state(own, self.left.get(name), name in self.entered), settings, _number(own.get("lr")), own.get("seed"),
-            _number(own.get("score")), own.get("interval"), _number(own.get("choosing")),
-            _number(held[0]) if held else None, _number(own.get("rungs")), _latest(own, lines, "steps", "step"),
+            _state(own, self.left.get(name), name in self.entered or bool(lines), steps), settings,
+            _number(own.get("lr")), own.get("seed"), _number(own.get("score")), own.get("interval"), _number(own.get("choosing")),
+            _number(held[0]) if held else None, _number(own.get("rungs")), steps,
             _number(own.get("total_steps")), _latest(own, lines, "tokens", "tokens"),
             _number(own.get("trainable_parameters")), _number(own.get("file_bytes")),
             (_number(own.get("virtual_tokens")), _number(own.get("prefix_tokens"))),
@@ -199,14 +199,22 @@ def _events(path: Path) -> tuple[set[str], dict[str, str]]:
         if isinstance(event, dict) and event.get("event") == "select":
             entered |= {str(name) for name in event.get("start") or []}
             left |= {str(name): str(why) for name, why in (event.get("stop") or {}).items()}
+        elif isinstance(event, dict) and event.get("event") == "ask":
+            name = str(event.get("name"))
+            if event.get("what") == "continue":
+                left.pop(name, None)
+            elif event.get("what") == "stop" and name in entered:
+                left.setdefault(name, "stopped by hand")
     return entered, left
 
 
-def _state(own: Mapping[str, Any], left: str | None, entered: bool) -> str:
-    """The record's word; events know more while a race goes on."""
-    said = str(own.get("status") or "waiting")
+def _state(own: Mapping[str, Any], left: str | None, entered: bool, steps: int | None) -> str:
+    """The record's word; events and steps know more while a race goes on."""
+    said, total = str(own.get("status") or "waiting"), own.get("total_steps")
     if said not in ("waiting", "running"):
         return said
+    if steps is not None and is_number(total) and steps >= total:
+        return "done"
     return left or ("running" if entered else said)
 
 

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ __all__ = ["race_page", "write_race_page"]
 
 MB = 2**20
 PAIRS = 40
-"""At most, in the table of pairs."""
+"""At most, in the table of pairs: each takes a bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,21 @@ def race_page(folder: Path, result: Mapping[str, Any] | None = None, command: Se
     record = _read(folder / "run.json")
     result = _read(folder / "race.json") if result is None else result
     race, config = read_race(folder, result, record), record.get("config") or {}
-    rows, compared = [_row(race, own) for own in race.entrants], pairs(race)
+    rows, compared = [_row(race, own) for own in race.entrants], [*islice(pairs(race), PAIRS + 1)]
     context = {
         "title": _title(race, config), "subtitle": _subtitle(race, config), "race": race, "verdict": advice(race),
         "links": [] if race.live else _links(folder),
         "notices": [*map(str, result.get("notices") or record.get("notices") or [])],
         "scatter": Markup(scatter(race)), "front": [own.name for own in front(race)],
         "charts": [(title, Markup(svg)) for title, svg in curves(race)],
-        "rows": rows, "base": score_text(race.base), "metric": race.metric.replace("_", " "),
+        "rows": rows, "scored": any(own.score is not None for own in race.entrants),
+        "base": score_text(race.base), "metric": race.metric.replace("_", " "),
         "direction": "more" if race.higher else "less",
         "final": _counted(race.final_rows, "final row"), "choosing": _counted(race.choosing_rows, "choosing row"),
         "compared": any(own.base is not None or own.winner is not None for own in race.entrants),
         "comparisons": sum((own.base is not None) + (own.winner is not None) for own in race.entrants),
         "effects": effects(race), "pairs": [_pair(pair) for pair in compared[:PAIRS]],
-        "more_pairs": max(0, len(compared) - PAIRS), "rungs": _rungs(race), "facts": _facts(race, record),
+        "more_pairs": len(compared) > PAIRS, "rungs": _rungs(race), "facts": _facts(race, record),
         "command": [shlex.quote(part) for part in command], "next": _next(folder, race, config),
     }  # fmt: skip
     return printable(page_environment().get_template("race.html.jinja").render(context))
@@ -208,18 +210,16 @@ def _facts(race: Race, record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _next(folder: Path, race: Race, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _next(folder: Path, race: Race, config: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Commands that use the winner's adapter."""
     if race.winner is None or race.live:
         return []
     base = [] if not config.get("base") else ["--base", str(config["base"])]
     quantize = ["--quantize", str(config["quantize"])] if config.get("quantize") else []
     about = [*base, "--adapter", str(folder / "adapter")]
-    return [
-        ("Say what it makes of new rows", shlex.join(["inlay", "predict", *about, *quantize, "--data", "rows.csv",
-                                                      "--out", "said.csv"])),
-        ("Score it beside the base on other rows", shlex.join(["inlay", "eval", *about, *quantize, "--data",
-                                                               "test.csv"])),
-        ("Write base and adapter as one model, where the method can be merged",
-         shlex.join(["inlay", "merge", *about, "--out", "merged"])),
-    ]  # fmt: skip
+    commands = {
+        "Say what it makes of new rows": ["predict", *about, *quantize, "--data", "rows.csv", "--out", "said.csv"],
+        "Score it beside the base on other rows": ["eval", *about, *quantize, "--data", "test.csv"],
+        "Write base and adapter as one model, where the method can be merged": ["merge", *about, "--out", "merged"],
+    }
+    return [(title, ["inlay", *map(shlex.quote, parts)]) for title, parts in commands.items()]
