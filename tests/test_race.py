@@ -197,6 +197,8 @@ def test_a_race_ends_with_the_winner_in_its_folder(base_folder, reviews, tmp_pat
     out, said = tmp_path / "run", []
     result = race(given(base_folder, reviews, out, SPACE), on_message=said.append)
     assert json.loads((out / "race.json").read_text()) == result
+    page = (out / "report.html").read_text(encoding="utf8")
+    assert "<span>race</span>" in page and all(one["name"].split("-")[0] in page for one in result["contenders"])
     first, *others = result["contenders"]
     assert result["winner"] == first["name"] and len(others) == 5 and result["metric"] == "loss"
     assert first["status"] == "done" and first["steps"] == 18 and all(one["steps"] < 18 for one in others[1:])

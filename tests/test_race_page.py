@@ -402,7 +402,8 @@ def test_while_it_goes_on_events_say_who_left_and_who_came_back(tmp_path):
               *({"event": "ask", "what": what, "name": name} for what, name in asks)]  # fmt: skip
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     assert {own.name: own.state for own in race_of(tmp_path).entrants} == {
-        "lora-a": "stopped by hand", "lora-b": "running", "lora-c": stop["lora-c"], "lora-d": "running", "ia3-e": "done",
+        "lora-a": "stopped by hand", "lora-b": "running", "lora-c": stop["lora-c"], "lora-d": "running",
+        "ia3-e": "done",
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from inlay.evaluation.score import Items, items_of
 from inlay.methods.contract import Method
 from inlay.runs.fitting import fit_of
 from inlay.runs.planning import Opened
+from inlay.runs.session import MOST
 from inlay.runtime.tasks import Task, task_of
 from inlay.sites.positions import table_size
 from inlay.training.plan import Course, Plan
@@ -133,7 +134,7 @@ class _Allowed:
         self.twins = len(plans) / self.teams
         words = len(dataset.template.verbalizer or ()) if dataset.template.kind == "label" else 1
         a_scoring = max(1, words) * rows.tokens * self.twins
-        self.reading = a_scoring * len(dataset.choosing), a_scoring * len(dataset.final)
+        self.reading = a_scoring * min(MOST, len(dataset.choosing)), a_scoring * len(dataset.final)
         self.speed = None
         if self.budget is not None and self.budget.seconds is not None:
             self.speed = measured(opened, plans, task, rows.examples, rows.choosing)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from inlay.errors import UsageError
 from inlay.runs.asking import Ask
-from inlay.runs.settings import PANELS, Settings
-from inlay.values import Count, Help
+from inlay.runs.settings import PANELS, Settings, as_share
+from inlay.values import Count, From, Help
 
 __all__ = ["WITHOUT", "Budget", "RaceSettings", "parse_budget"]
 
@@ -19,7 +19,7 @@ ASKED = {"stop": "stop", "clone": "clone", "go_on": "continue"}
 """Flags that ask something of a race that is there already, and what they ask."""
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 COUNTS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6}
-(FIRST, *_, ASK) = PANELS
+FIRST, *_, BEST, _, ASK = PANELS
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ def parse_budget(text: str) -> Budget:
 class RaceSettings(Settings):
     """Everything a race depends on. What a contender varies stands in the `space`; the rest is that of a run."""
 
+    heldout: Annotated[str, From(as_share), Help("share of the rows to score on, or a file; half chooses", BEST)] = (
+        "0.1"
+    )
     budget: Annotated[str | None, Help("time or tokens for the race: 20m, 2M; whole courses where unset", FIRST)] = None
     space: Annotated[str, Help("what is tried: default, quick, wide, or a race.yaml", FIRST)] = "default"
     contenders: Annotated[Count | None, Help("how many are tried; the space's own number where unset", FIRST)] = None

@@ -136,8 +136,8 @@ class _Reader:
         return Entrant(
             place, name, str(own.get("method")), _title(own.get("method")), _line(own, settings, alike, self.seeds),
             _state(own, self.left.get(name), name in self.entered or bool(lines), steps), settings,
-            _number(own.get("lr")), own.get("seed"), _number(own.get("score")), own.get("interval"), _number(own.get("choosing")),
-            _number(held[0]) if held else None, _number(own.get("rungs")), steps,
+            _number(own.get("lr")), own.get("seed"), _number(own.get("score")), own.get("interval"),
+            _number(own.get("choosing")), _number(held[0]) if held else None, _number(own.get("rungs")), steps,
             _number(own.get("total_steps")), _latest(own, lines, "tokens", "tokens"),
             _number(own.get("trainable_parameters")), _number(own.get("file_bytes")),
             (_number(own.get("virtual_tokens")), _number(own.get("prefix_tokens"))),

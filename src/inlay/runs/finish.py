@@ -41,7 +41,9 @@ def finish(context: Context, session: Session, record: Record) -> dict[str, Any]
         if lines := final_lines(final, context.final, context.dataset.final, context.encoder):
             write_text(context.folder.final(name), lines)
         confusion = final.confusion()
-        parts[name] |= results[name] | {"samples": written[name]} | ({"confusion": confusion} if confusion else {})
+        parts[name] |= (
+            results[name] | {"samples": written.get(name, [])} | ({"confusion": confusion} if confusion else {})
+        )
     shared = finite(record.shared_result())
     result = record.joined(shared, results)
     whole = record.joined(finite(record.shared(record.status())) | shared | {"result": result}, parts)
@@ -65,7 +67,8 @@ def _scored(context: Context, session: Session) -> tuple[dict[str, Final], dict[
         session.peaks.note("scoring")
         rows = context.dataset.final.numbered(context.final.first(SHOWN).samples)
         on_message, limit = context.on_message, context.limit
-        written = {name: samples(bank, name, context.encoder, rows, on_message, limit) for name in names}
+        shown = [] if context.several else names  # only the report of a run of one shows them
+        written = {name: samples(bank, name, context.encoder, rows, on_message, limit) for name in shown}
     return {name: Final(scored, name, context.metric) for name in names}, written
 
 

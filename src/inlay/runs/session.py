@@ -30,12 +30,14 @@ from .signals import Asked, asked_to_stop
 from .trackers import Tracker
 from .turns import Select, Turns
 
-__all__ = ["OnStep", "Session"]
+__all__ = ["MOST", "OnStep", "Session"]
 
 EVALUATIONS = 4
 """Scorings of a learner where nobody says how often; they take about a tenth of its time."""
 FEWEST = 32
 """Choosing rows that a scoring takes at least, where nobody says how often there is one."""
+MOST = 500
+"""Choosing rows that a scoring takes at most, where a rule says when there is one: that many tell 3 points apart."""
 SECONDS = 300.0
 """Between two checkpoints, where nobody says how many steps."""
 VERSION = 3
@@ -97,7 +99,9 @@ class Session:
     def _progress(self, learner: Learner) -> Progress:
         settings, rows = self.context.settings, self.context.choosing
         due = self._due_score or every(settings.eval_every or max(1, learner.total // EVALUATIONS))
-        if settings.eval_every is None:  # scoring the rows costs a forward each time
+        if self._due_score is not None:
+            rows = rows.first(MOST)
+        elif settings.eval_every is None:  # scoring the rows costs a forward each time
             rows = rows.first(max(FEWEST, learner.total * learner.plan.batch_size // 20))
         best = BestCheckpoint(self.context.metric, settings.patience, keeps_rows=self.turns.selects)
         return Progress(learner, best, rows, due)
