@@ -135,6 +135,7 @@ class Live:
         token, opened = secrets.token_urlsafe(16), socket.socket()
         try:
             opened.bind((HOST, 0))
+            opened.listen()  # who follows the link before the server has begun waits for it
         except OSError as error:
             raise InlayError(f"the live page has no port ({error.strerror or error})", "Leave --open out.") from None
         port = opened.getsockname()[1]
