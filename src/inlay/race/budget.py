@@ -37,7 +37,7 @@ def measured(opened: Opened, plans: Sequence[Plan], task: Task, examples: Exampl
     """Take two steps with copies of all contenders and score them on some rows; the second step counts. Nothing of it
     stays."""
     names = [f"{plan.name}.trial" for plan in plans]
-    state = torch.get_rng_state()
+    state, at_once = torch.get_rng_state(), opened.budget.tokens
     tried = [
         replace(plan, name=name, steps=None, epochs=1.0, stop_after=2) for plan, name in zip(plans, names, strict=True)
     ]
@@ -58,6 +58,7 @@ def measured(opened: Opened, plans: Sequence[Plan], task: Task, examples: Exampl
     finally:
         for name in names:
             opened.bank.remove(name)
+        opened.budget.tokens = at_once  # where memory was short, it is again in the race, which writes it down
         torch.set_rng_state(state)
 
 
