@@ -37,6 +37,8 @@ COMMANDS = [
     ["train", "--resume", "--out", "runs/lora", "--json"],
     ["eval", "--data", "rows.csv", "--adapter", "runs/lora/adapter", "--limit", "8", "--json"],
     ["predict", "--data", "rows.csv", "--adapter", "runs/lora/adapter", "--limit", "8", "--out", "said.csv", "--json"],
+    ["inspect", "--adapter", "runs/lora/adapter", "--data", "rows.csv", "--limit", "8", "--json"],
+    ["plan", "--data", "rows.csv", "--seconds", "10", "--json"],
     ["generate", "--adapter", "runs/lora/adapter", *ASKED, "--json"],
     ["generate", "--adapter", "runs/prefix/adapter", *ASKED],
     ["chat", "--adapter", "runs/lora/adapter", "--max-new-tokens", "4"],

@@ -19,8 +19,8 @@ __all__ = ["MODULE_LINES", "RANKS", "Tree", "circles", "faults", "long_functions
 
 RANKS = [
     {"errors"}, {"files"}, {"values"}, {"sites"}, {"kernels"}, {"methods"}, {"batch"}, {"formats"}, {"bases"}, {"bank"},
-    {"data"}, {"runtime"}, {"evaluation", "training"}, {"reporting"}, {"runs"}, {"integrations", "merging", "race"},
-    {"cli"},
+    {"data"}, {"runtime"}, {"evaluation", "training"}, {"reporting"}, {"runs"},
+    {"inspection", "integrations", "merging", "planning", "race"}, {"cli"},
 ]  # fmt: skip
 """Lowest first. A package imports from lower ranks alone, not from those of its own rank."""
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

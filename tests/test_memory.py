@@ -18,7 +18,8 @@ from inlay.evaluation.score import score_rows
 from inlay.methods.table import METHODS
 from inlay.runs.peaks import Peaks, why_otherwise
 from inlay.runs.run import run
-from inlay.runtime.memory import TokenBudget, current_memory_mb, parse_size, saved_bytes
+from inlay.runtime.held import held_bytes
+from inlay.runtime.memory import TokenBudget, current_memory_mb, parse_size
 from inlay.training.loop import add_learners, train, train_steps
 from inlay.training.plan import Plan
 from test_crash import reviews, settings  # noqa: F401
@@ -154,7 +155,7 @@ def test_checkpointing_keeps_less_and_the_estimate_counts_it():
 
     def kept():
         with bank.route(["a"]):
-            return saved_bytes(bank.model, lambda: bank.model(input_ids=ids, use_cache=False).logits)
+            return held_bytes(bank.model.parameters(), lambda: bank.model(input_ids=ids, use_cache=False).logits).saved
 
     kept()
     plain = kept()

@@ -21,8 +21,8 @@ import inlay
 from inlay.errors import InlayError, UsageError
 from inlay.runs.processes import Place, memory_limit, own_device, place
 from inlay.runs.run import run
-from inlay.runs.turns import Selection
 from inlay.runs.sharing import Shared, deal
+from inlay.runs.turns import Selection
 from inlay.runs.worker import Worker
 from inlay.runtime.memory import TokenBudget, current_memory_mb
 from inlay.runtime.processes import join

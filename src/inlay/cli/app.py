@@ -11,7 +11,23 @@ from typer.core import TyperGroup
 
 import inlay
 
-from . import chat, combine, convert, doctor, evaluate, generate, merge, methods, predict, preview, pull, race, train
+from . import (
+    chat,
+    combine,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    methods,
+    plan,
+    predict,
+    preview,
+    pull,
+    race,
+    train,
+)
 from .common import fail, quiet_unless_first
 
 __all__ = ["app"]
@@ -69,6 +85,7 @@ app.command("train")(train.command)
 app.command("race")(race.command)
 app.command("eval")(evaluate.command)
 app.command("predict")(predict.command)
+app.command("inspect")(inspect.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("merge")(merge.command)
@@ -76,5 +93,6 @@ app.command("combine")(combine.command)
 app.command("convert")(convert.command)
 app.command("preview")(preview.command)
 app.command("methods")(methods.command)
+app.command("plan")(plan.command)
 app.command("pull")(pull.command)
 app.command("doctor")(doctor.command)

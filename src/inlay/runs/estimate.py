@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from inlay.bank.bank import Bank
 from inlay.data.encode import Example
 from inlay.data.prepare import token_counts
 from inlay.runtime.forward import Segment
-from inlay.runtime.memory import MB, TokenBudget, current_memory_mb, saved_bytes
+from inlay.runtime.held import Held, held_bytes
+from inlay.runtime.memory import MB, TokenBudget, current_memory_mb
 from inlay.runtime.tasks import GENERATE, Task
 from inlay.training.learner import Learner
 
@@ -25,24 +27,66 @@ LONGEST = 256
 
 def estimate_mb(
     bank: Bank, learners: Sequence[Learner], examples: Sequence[Example], budget: TokenBudget, task: Task = GENERATE,
-    processes: int = 1,
+    processes: int = 1, scored: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """`estimate_mb` for steps as they will be, `least_mb` where each forward takes one row; cuts `budget` to it.
 
-    One row runs forward for each learner, and what it saves for its backward is counted; the largest step saves that
-    much a token, spread over `processes`. The adapters' gradients, two moments of their optimizers and a copy from
-    before each step come on top of the memory in use.
+    One row runs forward for each learner, and what it holds for its backward is counted: the largest step saves that
+    much a token, spread over `processes`. The adapters' own tensors (`_States`) come on top of the memory in use;
+    `scored` is whether the best weights so far are kept.
     """
     sizes = token_counts(examples)
     longest = int(sizes.max())
     tried = examples[int(np.where(sizes <= LONGEST, sizes, 0).argmax())]
-    a_token = max(_saved(bank, learner, tried, task) for learner in learners) / len(tried.ids)
-    tensors = [p for learner in learners for p in learner.parameters]
-    states = 4 * sum(p.numel() * p.element_size() for p in tensors)
-    fixed = current_memory_mb(budget.device) + states / MB + (KERNELS_MB if budget.device.type == "cpu" else 0)
-    budget.fit(fixed, a_token / MB, longest)
+    held = [_held(bank, learner, tried, task, budget.device) for learner in learners]
+    a_token = max(own.saved for own in held) / len(tried.ids) / MB
+    states = _States.of(learners, scored, next(bank.model.parameters()).dtype)
+    fixed = current_memory_mb(budget.device) + (KERNELS_MB if budget.device.type == "cpu" else 0)
+    beside = sum(own.beside for own in held) / MB
+    in_step = states.step + beside
+    budget.fit(fixed + in_step, a_token, longest)
     most = step_tokens(learners, sizes, budget, processes)
-    return {"estimate_mb": fixed + a_token * most / MB, "least_mb": fixed + a_token * longest / MB}
+    several = most < _whole_step(learners, sizes, processes)
+    in_step += states.own + beside if several else 0  # a second forward's, before they are added to the first one's
+    writing = states.written(budget.device.type == "cpu")
+    return {
+        "estimate_mb": fixed + max(in_step + a_token * most, writing),
+        "least_mb": fixed + max(in_step + a_token * longest, writing),
+    }
+
+
+@dataclass(frozen=True)
+class _States:
+    """MiB of what is trained, in all learners: `own` of their parameters, `parts` of the gradients of an adapter's
+    parts before they are laid together as one, `twice` of those that are laid together twice: what sites share is read
+    before they are. `scored` is whether there is a copy of the best."""
+
+    own: float
+    parts: float
+    twice: float
+    scored: bool
+
+    @classmethod
+    def of(cls, learners: Sequence[Learner], scored: bool, dtype: torch.dtype) -> _States:
+        own = sum(p.numel() * p.element_size() for learner in learners for p in learner.parameters)
+        flat = sum(f.parameter.numel() for learner in learners for f in learner.flats)
+        shared = [one for one in learners if any(part.shared for part in one.adapter.parts)]
+        twice = sum(f.parameter.numel() * f.parameter.element_size() for one in shared for f in one.flats)
+        return cls(own / MB, flat * dtype.itemsize / MB, twice / MB, scored)
+
+    @property
+    def rest(self) -> float:
+        """Between two steps: two moments of the optimizer, a copy from before the step, the best."""
+        return self.own * (3 + self.scored)
+
+    @property
+    def step(self) -> float:
+        """In a backward, the gradients come on top: in parts, and as one."""
+        return self.rest + self.own + self.parts + self.twice
+
+    def written(self, on_cpu: bool) -> float:
+        """While a checkpoint is written: the parameters once more, and on the CPU a copy of all that it holds."""
+        return self.rest + self.own * (1 + (4 + self.scored if on_cpu else 0))
 
 
 def step_tokens(learners: Sequence[Learner], sizes: np.ndarray, budget: TokenBudget, processes: int = 1) -> int:
@@ -50,14 +94,21 @@ def step_tokens(learners: Sequence[Learner], sizes: np.ndarray, budget: TokenBud
 
     `sizes` (n,) are the examples' lengths. Of several `processes`, each takes an equal share, one row at least.
     """
+    longest = int(sizes.max())
+    return min(max(_whole_step(learners, sizes, processes), longest), max(budget.tokens, longest))
+
+
+def _whole_step(learners: Sequence[Learner], sizes: np.ndarray, processes: int) -> int:
+    """Tokens of a process's share of a step of the longest rows."""
     ordered = np.sort(sizes)
-    whole = sum(int(ordered[-learner.plan.batch_size :].sum()) for learner in learners)
-    return min(max(-(-whole // processes), int(ordered[-1])), max(budget.tokens, int(ordered[-1])))
+    return -(-sum(int(ordered[-learner.plan.batch_size :].sum()) for learner in learners) // processes)
 
 
-def _saved(bank: Bank, learner: Learner, example: Example, task: Task) -> int:
-    """Bytes that a step on one example saves for its backward."""
+def _held(bank: Bank, learner: Learner, example: Example, task: Task, device: torch.device) -> Held:
+    """What a step on one example holds for its backward."""
     plan = learner.plan
     segment = Segment(plan.name, example, seed=plan.seed, step=0)
+    constants = [value for part in learner.adapter.parts for value in part.constants.values()]
+    known = [*bank.model.parameters(), *bank.model.buffers(), *learner.adapter.parameters(), *constants]
     with torch.enable_grad():
-        return saved_bytes(bank.model, lambda: task.losses(bank, [segment])[0])
+        return held_bytes(known, lambda: task.losses(bank, [segment])[0], device)

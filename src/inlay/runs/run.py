@@ -205,7 +205,8 @@ def _trained(context: Context, session: Session, start: Start, on_step: OnStep |
             context.on_message(f"{folder.path} holds no whole checkpoint: starting afresh")
         session.start()
     bank, examples, processes = context.bank, context.prepared.examples, context.shares.size
-    estimate = estimate_mb(bank, session.learners, examples, context.budget, context.task, processes)
+    scored = bool(len(context.choosing))
+    estimate = estimate_mb(bank, session.learners, examples, context.budget, context.task, processes, scored)
     _check_limit(context.budget, estimate["least_mb"])
     each = f" in each of the {processes} processes" if processes > 1 else ""
     context.on_message(f"about {estimate['estimate_mb']:,.0f} MB of memory will be needed{each}")

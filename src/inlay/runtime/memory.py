@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-from torch import Tensor, nn
 
 from inlay.bases.memory import free_memory
 from inlay.errors import InlayError
@@ -29,7 +28,6 @@ __all__ = [
     "current_memory_mb",
     "parse_size",
     "peak_memory_mb",
-    "saved_bytes",
     "with_backoff",
 ]
 
@@ -167,23 +165,3 @@ def parse_size(text: str | None) -> float | None:
     if text == "auto":
         return free_memory() / MB + current_memory_mb()
     return size_mb(text)
-
-
-def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that `forward` saves for its backward, the base's own weights left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-    saved: list[Tensor] = []  # while they live, no two storages share an address
-
-    def note(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            saved.append(value.detach())
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        out = forward()
-    total = sum(sizes.values())
-    del out
-    return total

@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from .uncompiled import Uncompiled, forget_compiled, never_compiled
 
-__all__ = ["HANDLER", "QKV", "Handler", "handled_by", "is_own", "unwatch", "watch"]
+__all__ = ["HANDLER", "QKV", "Handler", "handled_by", "is_own", "tapped_by", "unwatch", "watch"]
 
 QKV = tuple[Tensor, Tensor, Tensor]
 """Queries (B, heads, q, dim), keys and values (B, shared heads, k, dim)."""
@@ -40,6 +40,9 @@ class Handler(Protocol):
 
 HANDLER: ContextVar[Handler | None] = ContextVar("inlay_attention", default=None)
 
+TAP: ContextVar[Callable[[Callable[..., Any]], Callable[..., Any]] | None] = ContextVar("inlay_tap", default=None)
+"""Stands for the function that a handler calls in the end, with all keys in place."""
+
 PLAIN = ("eager", "sdpa")
 """Implementations that take a dense mask; every other one is replaced by sdpa where a handler is at work."""
 
@@ -57,6 +60,17 @@ def handled_by(handler: Handler | None) -> Iterator[None]:
         yield
     finally:
         HANDLER.reset(before)
+
+
+@contextmanager
+def tapped_by(tap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Let `tap(plain)` stand for each `plain` that a handler gets inside, in this context, to look at what it is given
+    and gives."""
+    before = TAP.set(tap)
+    try:
+        yield
+    finally:
+        TAP.reset(before)
 
 
 def is_own(plain: Callable[..., Any]) -> bool:
@@ -101,6 +115,8 @@ def _get_interface(self: Any, attn_implementation: str, default: Callable[..., A
         return plain
     if attn_implementation not in (None, *PLAIN):
         plain = self["sdpa"]
+    if (tap := TAP.get()) is not None:
+        plain = tap(plain)
 
     # The names are transformers': some models give all by name, and a few scaling by position.
     def attend(

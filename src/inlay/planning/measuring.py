@@ -1,0 +1,135 @@
+"""How long a step takes, and a token of an answer: a few of them are done, and the fastest counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from inlay.data.encode import Example
+from inlay.data.prepare import token_counts
+from inlay.sites.positions import positions_of
+from inlay.training.learner import Learner
+from inlay.training.loop import train_steps
+
+from .counting import Ground
+
+__all__ = ["Clock", "Line", "Pace", "some_rows", "step_seconds", "token_seconds"]
+
+Clock = Callable[[], float]
+REPEATS = 2
+"""Steps that are timed behind one that is not."""
+NEW = 8
+"""Tokens of an answer."""
+MANY = 2**20
+"""Positions of a base that bounds none."""
+SMALL, LARGE = 128, 512
+"""Tokens of the two steps that the base is measured by."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A step takes `fixed` seconds and `a_token` more for each of its tokens."""
+
+    fixed: float
+    a_token: float
+
+    @classmethod
+    def through(cls, few: tuple[float, float], many: tuple[float, float]) -> Line:
+        """The line through two steps, each (tokens, seconds); through the larger alone where they say nothing."""
+        (tokens, seconds), (more, longer) = few, many
+        slope = (longer - seconds) / (more - tokens) if more > tokens else 0.0
+        if slope <= 0 or slope * more > longer:
+            return cls(0.0, longer / more)
+        return cls(longer - slope * more, slope)
+
+    def seconds(self, tokens: float) -> float:
+        return self.fixed + self.a_token * tokens
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of one candidate: seconds of the small step, and of a token of an answer; `row` and `large` are those of a step
+    of one row and of the large step, which tell what a step takes whatever its tokens. None where it was not measured.
+    """
+
+    step: float
+    token: float | None = None
+    row: float | None = None
+    large: float | None = None
+
+    def seconds(self, other: Pace, of_other: float) -> float:
+        """Of the candidate's step, where the `other` one's takes `of_other`: in proportion, with a part that does not
+        grow by the tokens where steps of one row and large ones are known of both."""
+        if None not in (steps := (self.row, self.large, other.row, other.large)):
+            row, large, their_row, their_large = (own or 0.0 for own in steps)
+            share = (large - row) / (their_large - their_row) if their_large > their_row else 0.0
+            fixed = row - share * their_row
+            if share > 0 and fixed > 0:
+                return share * of_other + fixed
+            return of_other * large / their_large
+        return of_other * self.step / other.step
+
+
+def some_rows(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """Rows of about so many tokens together, of lengths like those of all: one at least."""
+    sizes = token_counts(examples)
+    count = max(1, min(len(sizes), round(tokens / float(sizes.mean()))))
+    order = np.argsort(sizes, kind="stable")
+    places = (np.arange(count) + 0.5) * len(sizes) / count
+    return [examples[int(order[int(place)])] for place in places]
+
+
+def step_seconds(ground: Ground, learner: Learner, rows: Sequence[Example], clock: Clock = time.perf_counter) -> float:
+    """The seconds of a step on `rows`, the fastest of some; the learner must be over as many rows a step."""
+    recompute = ground.settings.gradient_checkpointing
+    steps = train_steps(ground.bank, [learner], rows, ground.budget, recompute, ground.task)
+    marks = [clock()]
+    with closing(steps):
+        for _ in steps:
+            _finish(ground)
+            marks.append(clock())
+            if len(marks) > REPEATS + 1:
+                break
+    taken = [later - earlier for earlier, later in pairwise(marks)]
+    return min(taken[1:] or taken)
+
+
+def token_seconds(
+    ground: Ground, name: str | None, rows: int, clock: Clock = time.perf_counter
+) -> tuple[float, float] | None:
+    """Seconds until the first token of an answer for so many rows at once, and of each further one, by the adapter
+    `name` (the base where it is None); the fastest of some. None where the base gives no text."""
+    model: Any = ground.bank.model
+    if ground.task.name != "generate" or not model.can_generate():
+        return None
+    adapter = None if name is None else ground.bank.adapters[name]
+    positions = positions_of(model) or MANY
+    room = positions - NEW - (0 if adapter is None else adapter.virtual_length + adapter.prefix_length)
+    typical = some_rows(ground.examples, 1)[0].ids[: max(1, room)]
+    ids = torch.tensor([typical] * rows, device=model.device)
+    taken: dict[int, list[float]] = {1: [], NEW: []}
+    for _ in range(REPEATS + 1):
+        for new in taken:
+            begun = clock()
+            with torch.no_grad(), ground.bank.route([name] * rows):
+                model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                    do_sample=False, pad_token_id=0,
+                )  # fmt: skip
+            _finish(ground)
+            taken[new].append(clock() - begun)
+    first, all_of_them = min(taken[1][1:]), min(taken[NEW][1:])
+    return first, max(0.0, all_of_them - first) / (NEW - 1)
+
+
+def _finish(ground: Ground) -> None:
+    """Wait for a device that works on its own."""
+    if ground.budget.device.type == "cuda":
+        torch.cuda.synchronize(ground.budget.device)
