@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 import inlay
 from inlay.errors import FormatError, UsageError
 from inlay.methods.head import ModulesToSave
+from inlay.methods.table import METHODS
+from test_laws import WISHES
 from zoo import ENCODER, PAD_ONE, make, small
 
 DISTIL = dict(
@@ -418,3 +420,28 @@ def test_a_head_with_running_means_is_no_adapters_own():
     with pytest.raises(UsageError, match=r"classifier holds batch_norm\.num_batches_tracked, which is no parameter"):
         bank.add("head", inlay.ModulesToSave())
     bank.add("inside", inlay.ModulesToSave(targets=["classifier.linear"]))
+
+
+ELSEWHERE = {"full", "head", "fusion"}
+"""The first two train the head themselves; the third is over bottlenecks."""
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ELSEWHERE])
+def test_a_head_beside_any_method_is_loaded_again(name, tmp_path):
+    torch.manual_seed(0)
+    model = tf.LlamaForSequenceClassification(tf.LlamaConfig(**small(num_labels=3, pad_token_id=0))).eval().double()
+    bank = inlay.attach(model)
+    method = next((wish() for wish in WISHES.values() if type(wish()) is METHODS[name]), None) or METHODS[name]()
+    bank.add("a", [method, ModulesToSave(["score"])], seed=1)
+    with torch.no_grad():
+        for parameter in bank.parameters("a"):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    bank.save("a", tmp_path)
+    bank.load("b", tmp_path)
+    ids = torch.randint(3, 48, (2, 6), generator=torch.Generator().manual_seed(1))
+    with bank.route(["a", None]):
+        ours = model(input_ids=ids).logits
+    with bank.route(["b", None]):
+        again = model(input_ids=ids).logits
+    assert not torch.allclose(ours[0], ours[1])
+    torch.testing.assert_close(again, ours, rtol=0, atol=1e-6)  # files hold float32

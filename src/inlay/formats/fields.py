@@ -16,6 +16,7 @@ NOTHING = (None, [], {})
 """What an unknown field may be set to: no release gives a meaning to those."""
 
 
+SAVED = "modules_to_save"
 TASKS, TASK = "num_tasks", "task"
 """How many tasks share a prompt; and which of them is meant, a field of ours, which no file of HF PEFT has."""
 
@@ -42,10 +43,12 @@ def _refusal(name: str, value: Any, kind: type[Method]) -> str | None:
     if name in COMMON.read or name in COMMON.passed:
         return None
     if fields is None:  # a type of Inlay's own
-        own = {f.name for f in dataclasses.fields(kind)} | {"target_modules"}
+        own = {f.name for f in dataclasses.fields(kind)} | {"target_modules", SAVED}
         return None if name in own else "which no method here has"
     limited = {**fields.refused, **fields.older}
     if name == TASK and TASKS in fields.read:
+        return None
+    if name == SAVED and name not in limited:  # a head goes with any method, also where HF PEFT has no field for it
         return None
     if name in limited:
         return None if value == limited[name] or value in NOTHING else "which is not supported"
