@@ -48,10 +48,9 @@ def arguments() -> argparse.Namespace:
 
 
 def reviews(a: argparse.Namespace) -> tuple[list[Any], list[Any], list[Any]]:
-    from inlay.bases.reviews import reviews_csv
-    from inlay.data.table import read_table, shuffled
+    from method_parts import film_reviews
 
-    drawn = [row for row in shuffled(read_table(reviews_csv()).rows, 0) if row.values["source"] == "rotten_tomatoes"]
+    drawn = film_reviews()
     return drawn[TEST + CHOOSE :][: a.rows], drawn[TEST:][:CHOOSE], drawn[:TEST]
 
 

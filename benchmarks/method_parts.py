@@ -50,12 +50,17 @@ SPREAD = (1 / 3, 1.0, 3.0)
 """Rates that are tried, times the method's own."""
 
 
-def reviews(rows: int) -> tuple[list[Any], list[Any], list[Any]]:
-    """Rows to train on, to choose by and to score on; the last two are the same for every number of the first."""
+def film_reviews() -> list[Any]:
+    """All rows of Rotten Tomatoes, in one drawn order."""
     from inlay.bases.reviews import reviews_csv
     from inlay.data.table import read_table, shuffled
 
-    drawn = [row for row in shuffled(read_table(reviews_csv()).rows, 0) if row.values["source"] == "rotten_tomatoes"]
+    return [row for row in shuffled(read_table(reviews_csv()).rows, 0) if row.values["source"] == "rotten_tomatoes"]
+
+
+def reviews(rows: int) -> tuple[list[Any], list[Any], list[Any]]:
+    """Rows to train on, to choose by and to score on; the last two are the same for every number of the first."""
+    drawn = film_reviews()
     return drawn[TEST + CHOOSE :][:rows], drawn[TEST:][:CHOOSE], drawn[:TEST]
 
 

@@ -56,11 +56,9 @@ def arguments() -> argparse.Namespace:
 
 
 def reviews(rows: int) -> Parts:
-    from inlay.bases.reviews import reviews_csv
-    from inlay.data.table import read_table, shuffled
+    from method_parts import film_reviews
 
-    found = [row for row in shuffled(read_table(reviews_csv()).rows, 0) if row.values["source"] == "rotten_tomatoes"]
-    named = [{"text": row.values["text"], "label": row.values["label"]} for row in found]
+    named = [{"text": row.values["text"], "label": row.values["label"]} for row in film_reviews()]
     return named[HELD:][:rows], named[:HELD]
 
 

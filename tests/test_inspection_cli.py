@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
 import pytest
 from typer.testing import CliRunner
 
 from inlay.cli.app import app
+from test_crash import reviews  # noqa: F401
 
 WORDS = ["--template", r"Review: {text}\nSentiment:", "--verbalizer", "0=negative,1=positive"]
 
 
 @pytest.fixture(scope="module")
-def reviews(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "reviews.csv"
-    with open(path, "w", newline="", encoding="utf8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        writer.writerows([f"a {'good' if n % 2 else 'bad'} film, number {n}", n % 2] for n in range(40))
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(base_folder, reviews, tmp_path_factory):
+def trained(base_folder, reviews, tmp_path_factory):  # noqa: F811
     """The runs' folders of a few methods, by name."""
     folder = tmp_path_factory.mktemp("runs")
     for method, more in {
@@ -52,7 +42,7 @@ def looked_at(*arguments):
     return json.loads(lines[0])
 
 
-def test_a_lora_with_rows(trained, base_folder, reviews):
+def test_a_lora_with_rows(trained, base_folder, reviews):  # noqa: F811
     found = looked_at("--adapter", trained / "lora", "--base", base_folder, "--data", reviews, "--limit", 20)
     assert found["rows"] == 20
     assert [one["rank"] for one in found["ranks"]] == [4, 2, 1]
@@ -65,7 +55,7 @@ def test_a_lora_with_rows(trained, base_folder, reviews):
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
-def test_virtual_tokens_are_followed_from_the_start_of_their_run(method, trained, base_folder, reviews):
+def test_virtual_tokens_are_followed_from_the_start_of_their_run(method, trained, base_folder, reviews):  # noqa: F811
     found = looked_at("--adapter", trained / method, "--base", base_folder, "--data", reviews, "--limit", 8)
     tokens = found["virtual"][0]["tokens"]
     assert len(tokens) == 20
@@ -87,7 +77,7 @@ def test_an_adapter_that_was_carried_away_does_not_know_its_start(trained, base_
     assert "is not known" in " ".join(found["notes"])
 
 
-def test_people_read_words_and_tables(trained, base_folder, reviews, tmp_path):
+def test_people_read_words_and_tables(trained, base_folder, reviews, tmp_path):  # noqa: F811
     plain = call("inspect", "--adapter", trained / "houlsby", "--base", base_folder).stdout
     assert "give --data" in plain
     given = ["--adapter", trained / "houlsby", "--base", base_folder, "--data", reviews, "--limit", 12]
@@ -97,7 +87,7 @@ def test_people_read_words_and_tables(trained, base_folder, reviews, tmp_path):
     assert "each layer left out alone" in told
 
 
-def test_two_adapters_are_compared(trained, base_folder, reviews, tmp_path):
+def test_two_adapters_are_compared(trained, base_folder, reviews, tmp_path):  # noqa: F811
     given = ["--adapter", trained / "lora", "--adapter", trained / "houlsby", "--base", base_folder]
     found = looked_at(*given, "--data", reviews, "--limit", 12, "--html", tmp_path / "two.html")
     assert [own["methods"] for own in found["adapters"]] == [["LoRA"], ["Houlsby adapter"]]

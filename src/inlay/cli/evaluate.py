@@ -3,61 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
 from inlay.runs.settings import (
-    DATA,
-    Base,
-    Columns,
-    Device,
-    Dtype,
-    MaxLength,
     Paths,
-    Quantize,
-    Split,
-    Template,
-    TokensAtOnce,
-    Verbalizer,
-    as_paths,
 )  # fmt: skip
-from inlay.values import Checked, Count, From, Help, Seed
+from inlay.values import From, Help
 
 from . import flags
 from .common import console, emit, scores_table
-from .opening import dropped, open_bank
+from .opening import Reading, as_folders, dropped, open_bank
 
 if TYPE_CHECKING:
     from inlay.data.prompting import Prompting
     from inlay.data.table import Table
 
 
-def as_folders(value: Any) -> Any:
-    """One folder as a list of one; none as none."""
-    return as_paths(value) if value else []
-
-
 @dataclass(frozen=True, kw_only=True)
-class Eval(Checked):
+class Eval(Reading):
     """What is scored on what."""
 
     data: Paths
     adapter: Annotated[Sequence[str], From(as_folders), Help("an adapter's folder or its run's; repeatable")] = ()
-    base: Base = "smollm2"
-    limit: Annotated[Count | None, Help("rows to use, drawn by the seed", DATA)] = None
-    seed: Annotated[Seed, Help("which rows --limit draws", DATA)] = 0
-    template: Annotated[Template, Help("without it, the one that travels with the adapter", DATA)] = None
-    verbalizer: Verbalizer = None
-    columns: Columns = field(default_factory=dict)
-    split: Split = "paragraph"
-    max_length: Annotated[MaxLength | None, Help("tokens in a row; as in training where unset", DATA)] = None
-    tokens_at_once: TokensAtOnce = 4096
-    dtype: Dtype = "auto"
-    device: Device = None
-    quantize: Quantize = None
 
 
 @flags.command(Eval, "scoring")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,25 +13,14 @@ from rich.table import Table
 from inlay.errors import UsageError
 from inlay.runs.settings import (
     DATA,
-    Base,
-    Columns,
-    Device,
-    Dtype,
-    MaxLength,
-    Quantize,
-    Split,
-    Template,
-    TokensAtOnce,
-    Verbalizer,
     as_path,
     as_paths,
 )
-from inlay.values import Checked, Count, From, Help, Seed
+from inlay.values import Count, From, Help
 
 from . import flags
 from .common import console, counted, emit, number
-from .evaluate import as_folders
-from .opening import dropped, open_bank
+from .opening import Reading, as_folders, dropped, open_bank
 
 if TYPE_CHECKING:
     from inlay.data.prompting import Prompting
@@ -42,24 +31,13 @@ SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect(Checked):
+class Inspect(Reading):
     """Which adapter is looked at, or which two are compared, on what."""
 
     adapter: Annotated[Sequence[str], From(as_paths), Help("an adapter's folder or its run's; two are compared")]
     data: Annotated[Sequence[str], From(as_folders), Help("rows to look at it on, best held-out ones; repeatable")] = ()
     html: Annotated[str | None, From(as_path), Help("write a page of it to this file too")] = None
-    base: Base = "smollm2"
     limit: Annotated[Count, Help("rows to use, drawn by the seed", DATA)] = 64
-    seed: Annotated[Seed, Help("which rows --limit draws", DATA)] = 0
-    template: Annotated[Template, Help("without it, the one that travels with the adapter", DATA)] = None
-    verbalizer: Verbalizer = None
-    columns: Columns = field(default_factory=dict)
-    split: Split = "paragraph"
-    max_length: Annotated[MaxLength | None, Help("tokens in a row; as in training where unset", DATA)] = None
-    tokens_at_once: TokensAtOnce = 4096
-    dtype: Dtype = "auto"
-    device: Device = None
-    quantize: Quantize = None
 
 
 @flags.command(Inspect, "inspecting")

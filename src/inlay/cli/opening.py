@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from inlay.runs.settings import (
+    DATA,
+    Base,
+    Columns,
+    Device,
+    Dtype,
+    MaxLength,
+    Quantize,
+    Split,
+    Template,
+    TokensAtOnce,
+    Verbalizer,
+    as_paths,
+)
+from inlay.values import Checked, Count, Help, Seed
 
 if TYPE_CHECKING:
     from inlay.bank.bank import Bank
     from inlay.data.encode import Encoder
     from inlay.data.prompting import Prompting
 
-__all__ = ["Loading", "Opened", "dropped", "open_bank"]
+__all__ = ["Loading", "Opened", "Reading", "as_folders", "dropped", "open_bank"]
+
+
+def as_folders(value: Any) -> Any:
+    """One folder as a list of one; none as none."""
+    return as_paths(value) if value else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Checked):
+    """How adapters are opened and rows are read, of a command that looks at adapters on rows."""
+
+    base: Base = "smollm2"
+    limit: Annotated[Count | None, Help("rows to use, drawn by the seed", DATA)] = None
+    seed: Annotated[Seed, Help("which rows --limit draws", DATA)] = 0
+    template: Annotated[Template, Help("without it, the one that travels with the adapter", DATA)] = None
+    verbalizer: Verbalizer = None
+    columns: Columns = field(default_factory=dict)
+    split: Split = "paragraph"
+    max_length: Annotated[MaxLength | None, Help("tokens in a row; as in training where unset", DATA)] = None
+    tokens_at_once: TokensAtOnce = 4096
+    dtype: Dtype = "auto"
+    device: Device = None
+    quantize: Quantize = None
 
 
 class Loading(Protocol):
