@@ -72,10 +72,14 @@ class Halving:
         """Who leaves when contenders come to a rung, and who takes the places of those that left."""
         stop: dict[str, str] = {}
         for rung in range(len(self.shares) - 1):
-            stop |= _leaving(self._teams(progress, rung), rung)
+            if any(one.learner.live and one.learner.step == self._step(one, rung) for one in progress):
+                stop |= _leaving(self._teams(progress, rung), rung)
         live = sum(one.learner.live and one.name not in stop for one in progress)
         room = len(waiting) if self.at_once is None else max(0, self.at_once - live)
         return Selection(stop, [plan.name for plan in waiting[:room]])
+
+    def _step(self, own: Progress, rung: int) -> int:
+        return rungs_of(own.learner.total, self.shares)[rung]
 
     def _teams(self, progress: Sequence[Progress], rung: int) -> list[_Team]:
         """Those that have come to a rung before the end, the best first; equal ones as the race lists them."""
@@ -88,7 +92,7 @@ class Halving:
     def _team(self, members: Sequence[Progress], rung: int) -> _Team | None:
         """Twins at a rung; None where one of them is yet to come."""
         sound = [one for one in members if not one.learner.diverged]
-        step = rungs_of(members[0].learner.total, self.shares)[rung]
+        step = self._step(members[0], rung)
         places = [_place(one, step) for one in sound]
         there = [n for n in places if n is not None]
         if not sound or len(there) < len(sound):
