@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping
@@ -204,10 +203,9 @@ def peft_cell(a: argparse.Namespace, bench: Bench) -> None:
 
 def cost(a: argparse.Namespace, bench: Bench) -> None:
     """Training alone for some steps, the first of which does not count; then one row's answer with and without."""
-    import torch
-
     from inlay.data.prepare import prepare
     from inlay.errors import UsageError
+    from inlay.runtime.latency import added_time
     from inlay.runtime.memory import TokenBudget, peak_memory_mb
     from inlay.training.loop import add_learners, train_steps
     from inlay.training.plan import Plan
@@ -221,18 +219,7 @@ def cost(a: argparse.Namespace, bench: Bench) -> None:
         marks.append((time.perf_counter(), learners[0].tokens))
     (begun, few), (ended, many) = marks[0], marks[-1]
     peak = peak_memory_mb()
-    ids = torch.tensor([examples[0].ids], device=bench.device)
-
-    def answer(route: str | None) -> float:
-        start = time.perf_counter()
-        with torch.no_grad(), bench.bank.route([route]):
-            bench.base.model.generate(  # pyright: ignore
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, min_new_tokens=24,
-                do_sample=False, pad_token_id=0,
-            )  # fmt: skip
-        return (time.perf_counter() - start) / 24 * 1e3
-
-    pairs = [(answer("it"), answer(None)) for _ in range(4)][1:]
+    added = added_time(bench.bank, "it", examples[0], seconds=3.0)
     with tempfile.TemporaryDirectory() as folder:
         bench.bank.save("it", folder)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
@@ -245,7 +232,7 @@ def cost(a: argparse.Namespace, bench: Bench) -> None:
     print(json.dumps({
         **bench.cell("cost", case, 0), "trained": trained,
         "base": sum(p.numel() for p in bench.base.model.parameters()), "bytes": size, "peak MB": peak,
-        "tokens/s": (many - few) / (ended - begun), "ms a token": statistics.median(one - none for one, none in pairs),
+        "tokens/s": (many - few) / (ended - begun), "ms a token": 1e3 * added.median,
         "merges": merges,
     }))  # fmt: skip
 

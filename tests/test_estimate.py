@@ -114,3 +114,22 @@ def test_what_a_forward_holds_beside_what_it_saved():
     assert found.saved == 64 * 8 * 4 and 32 * 32 * 4 <= found.beside <= 32 * 32 * 4 + 64
     kept.append(torch.eye(128))
     assert held_bytes([weight], lambda: (weight * 1.0).sum()).beside < 100
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
+def test_blocks_that_are_computed_again_are_counted(bare, method):
+    tf.set_seed(0)
+    config = tf.LlamaConfig(**small(hidden_size=96, intermediate_size=384, num_hidden_layers=6))
+    bank = inlay.attach(tf.LlamaForCausalLM(config))
+    (learner,) = add_learners(bank, [Plan("a", METHODS[method](), batch_size=8, steps=3)], 24)
+    said = {
+        again: estimate.estimate_mb(bank, [learner], examples(), TokenBudget(4096), recompute=again)["estimate_mb"]
+        for again in (False, True)
+    }
+    with Counted() as counted:
+        before = counted.now
+        for _ in train_steps(bank, [learner], examples(), TokenBudget(4096), True):
+            pass
+    base = sum(p.numel() * p.element_size() for p in [*bank.model.parameters(), *learner.parameters]) / MB
+    held = (counted.most - before) / MB - base
+    assert said[True] < 0.85 * said[False] and 0.85 < said[True] / held < 1.5

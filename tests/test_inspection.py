@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from inlay.data.encode import Example
 from inlay.errors import UsageError
 from inlay.evaluation.rows import RowScores
 from inlay.evaluation.score import Items, score
+from inlay.inspection import rows as rows_module
 from inlay.inspection.altered import cut, keeping, watched
 from inlay.inspection.altering import lower_ranks, shuffled, without_layers, without_tokens
 from inlay.inspection.attention import attention_on_tokens
@@ -25,7 +27,7 @@ from inlay.inspection.effects import effects
 from inlay.inspection.finding import cost_of
 from inlay.inspection.inspect import inspect
 from inlay.inspection.pairs import compared, cosine, overlap
-from inlay.inspection.rows import calibration_error, most_moved, row_changes
+from inlay.inspection.rows import calibration_error, most_moved, row_changes, token_calibration
 from inlay.inspection.spectra import (
     cut_factors,
     decomposed,
@@ -384,6 +386,21 @@ def test_calibration_error_of_known_rows():
     boasting = labelled([[0.95, 0.05]] * 10, [0] * 5 + [1] * 5)
     assert calibration_error(boasting) == pytest.approx(0.45)
     assert calibration_error(RowScores.of_tokens([0], [1.0], [1], [1])) is None
+
+
+def test_calibration_of_tokens_that_boast(monkeypatch):
+    """Answers that are 90 % sure of a token which is right every other time are off by 0.4; the base by nothing."""
+
+    def logits_of(bank, segments):
+        sure = {None: 0.5, "a": 0.9}
+        rows = [torch.tensor([sure[s.route], 1 - sure[s.route]]).log().repeat(2, 1) for s in segments]
+        return torch.cat(rows), torch.tensor([0, 1] * len(segments)), [2] * len(segments)
+
+    monkeypatch.setattr(rows_module, "answer_logits", logits_of)
+    items = [Example((5, 6, 7), (False, True, True), n) for n in range(80)]
+    found, count = token_calibration(cast(Any, None), ["a", None], items, TokenBudget(4096))
+    assert found == {"a": pytest.approx(0.4), None: pytest.approx(0.0)} and count == 128
+    assert token_calibration(cast(Any, None), ["a"], [], TokenBudget(4096)) == ({}, 0)
 
 
 def test_rows_and_words_that_moved_most():

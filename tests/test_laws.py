@@ -79,7 +79,7 @@ INSTEAD = {
     # Tables of positions are looked up for all rows at once; others hold parameters of other kinds.
     **{
         (name, "full"): lambda: inlay.Full(targets="all-linear")
-        for name in ("gpt2", "opt", "bert", "roberta", "t5", "vit", "mamba", "qwen3_moe")
+        for name in ("gpt2", "opt", "bert", "roberta", "t5", "vit", "mamba", "qwen3_moe", "deepseek_v3")
     },
 }
 REFUSED = {

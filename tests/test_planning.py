@@ -14,13 +14,15 @@ from typer.testing import CliRunner
 import inlay
 from inlay.cli.app import app
 from inlay.cli.plan import table
+from inlay.data.scripts import scripts
+from inlay.data.typical import typical_rows
 from inlay.errors import UsageError
 from inlay.methods.table import GROUPS, METHODS
 from inlay.planning.answers import Answer, Course, answers, heldout_rows, misses
 from inlay.planning.candidates import Candidate, candidates
 from inlay.planning.choosing import choose, preferences
 from inlay.planning.counting import NAME, Cost, Ground, cost_of, trial
-from inlay.planning.measuring import Line, Pace, some_rows, step_seconds, token_seconds
+from inlay.planning.measuring import Line, Pace, step_seconds, token_seconds
 from inlay.planning.plan import plan
 from inlay.planning.settings import Limits, PlanSettings, limits_of
 from inlay.runs.settings import Settings
@@ -58,6 +60,15 @@ def test_every_method_is_a_candidate_and_each_group_has_one_before_any_has_two()
 
 def test_the_proposed_methods_are_methods():
     assert all(own["method"] in METHODS and own["why"] for own in preferences())
+
+
+# ---- what the rows are
+
+
+def test_scripts_are_told_by_letters():
+    assert scripts(["a good film 很好"]) == {"Latin": 9 / 11, "Han": 2 / 11}
+    assert [*scripts(["Фильм 1", "한국 ｱ ア あ", "é"])] == ["Cyrillic", "Kana", "Hangul", "Latin"]
+    assert scripts(["123 !?", ""]) == {}
 
 
 # ---- what is counted
@@ -111,10 +122,10 @@ def test_a_line_goes_through_two_steps():
 def test_rows_to_try_have_the_lengths_of_all():
     rows = examples()
     mean = sum(len(row.ids) for row in rows) / len(rows)
-    chosen = some_rows(rows, 40)
+    chosen = typical_rows(rows, 40)
     assert sum(len(row.ids) for row in chosen) == pytest.approx(40, rel=0.25)
     assert sum(len(row.ids) for row in chosen) / len(chosen) == pytest.approx(mean, rel=0.25)
-    assert len(some_rows(rows, 1)) == 1 and len(some_rows(rows, 10**6)) == len(rows)
+    assert len(typical_rows(rows, 1)) == 1 and len(typical_rows(rows, 10**6)) == len(rows)
 
 
 def test_the_fastest_step_and_token_count():
@@ -255,6 +266,7 @@ def test_a_plan_answers_for_each_method(planned):
         and result["data"]["rows"] == 32
         and sum(result["data"]["labels"].values()) == 32
     )
+    assert next(iter(result["data"]["scripts"])) == "Latin" and 0.3 < result["data"]["characters_a_token"] < 20
     first, *others = result["methods"]
     assert first["how"] == "measured" and all(own["how"] != "measured" for own in others)  # no time was given
     assert first["seconds"] == pytest.approx(16 * first["step_seconds"])
@@ -297,3 +309,26 @@ def test_the_command_says_it_in_one_object(base_folder, reviews, monkeypatch):  
     assert made.exit_code == 0 and "No method fits" in made.stdout and "inlay train" not in made.stdout
     made = CliRunner().invoke(app, [*call, "--serve", "fast"])
     assert made.exit_code == 2 and "rows at once" in made.stderr and "Traceback" not in made.stderr
+
+
+def test_a_plan_warns_where_virtual_tokens_collide_with_the_template(base_folder, tmp_path, monkeypatch):
+    import inlay.planning.plan as whole
+
+    data, jinja = tmp_path / "talk.jsonl", tmp_path / "bos.jinja"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    data.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(8)))
+    jinja.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    monkeypatch.setattr(whole, "candidates", lambda only: candidates(("lora", "prompt")))
+    call = ["plan", "--base", str(base_folder), "--data", str(data), "--heldout", "0", "--seconds", "0.001"]
+    call += ["--template", str(jinja), "--virtual-tokens-at", "before-answer"]
+    made = CliRunner().invoke(app, [*call, "--json"])
+    assert made.exit_code == 0, made.stderr
+    result = json.loads(made.stdout)
+    assert result["choice"]["method"] == "lora" and "--virtual-tokens-at" not in result["command"]  # it has none
+    (told,) = result["warnings"]
+    assert told["kind"] == "inside-control" and told["methods"] == ["prompt"] and told["rows"] == 8
+    made = CliRunner().invoke(app, call)
+    assert "warning: with prompt, virtual tokens stand inside what opens a turn" in " ".join(made.stdout.split())

@@ -15,7 +15,7 @@ from inlay.evaluation.compare import Comparison, compare
 from inlay.evaluation.rows import RowScores
 from inlay.race.settings import RaceSettings
 from inlay.reporting.race_advice import advice, apart
-from inlay.reporting.race_charts import front, scatter
+from inlay.reporting.race_charts import LATENCY, front, scatter
 from inlay.reporting.race_effects import effects, pairs
 from inlay.reporting.race_entrants import Entrant, Race, read_race
 from inlay.reporting.race_page import race_page, write_race_page
@@ -313,6 +313,19 @@ def test_the_front_holds_those_that_no_other_beats_for_less():
     assert scatter(race).count("<circle") == 4 and scatter(Race("done", "loss", made[4:])) == ""
 
 
+def test_latency_has_a_front_of_its_own_and_those_that_were_not_measured_are_left_out():
+    costs = [(0.5, 10, 3.0), (0.6, 20, -0.1), (0.3, 30, None), (0.4, 40, 9.0)]
+    made = [
+        entrant("abcd"[n], n + 1, score=score, parameters=size, token_ms=ms)
+        for n, (score, size, ms) in enumerate(costs)
+    ]
+    race = Race("done", "loss", made, made[3])
+    assert [own.name for own in front(race, LATENCY)] == ["b", "a", "d"]
+    assert [own.name for own in front(race)] == ["a", "c"]
+    assert scatter(race, LATENCY).count("<circle") == 3 and "+3 ms a token" in scatter(race, LATENCY)
+    assert scatter(Race("done", "loss", made[2:3]), LATENCY) == ""
+
+
 @pytest.mark.parametrize("scores", [[0.4] * 48, [0.01, 40.0, 0.5], [0.0, 0.5], [-1.0, 0.5], [0.7]])
 def test_all_points_and_labels_stay_in_the_picture(scores):
     made = [entrant(f"m{n}", n + 1, score=score, interval=[score - 0.2, score + 0.2]) for n, score in enumerate(scores)]
@@ -350,6 +363,23 @@ def test_a_page_tells_the_race(tmp_path):
     assert "race.json" in found.links and "adapter/" in found.links
     assert [title for title, _ in found.charts][-2:] == ["Training loss", "Loss on 30 choosing rows"]
     assert write_race_page(folder, json.loads((folder / "race.json").read_text())).name == "report.html"
+
+
+def test_a_page_tells_what_a_token_takes_or_why_it_does_not(tmp_path):
+    listed = [contender("lora-a", 0.4, token_ms=2.345, token_ms_quartiles=[2.1, 2.6]), contender("ia3-b", 0.5)]
+    found = page(folder_of(tmp_path, *listed, base_token_ms=21.08))
+    for wanted in (
+        "+2.35",
+        "2.10–2.60",
+        "which takes 21.1 ms",
+        "against latency a token",
+        "others as a twent",
+    ):
+        assert wanted in found.said, wanted
+    assert "loss against ms a token more than the base" in found.text and "against trained parameters" in found.said
+    why = "this base cannot generate here (no cache)"
+    said = page(folder_of(tmp_path, contender("lora-a", 0.4), latency_unmeasured=why)).said
+    assert f"The time of a decoded token is not measured: {why}." in said and "against latency" not in said
 
 
 def test_names_from_files_stay_words(tmp_path):

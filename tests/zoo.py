@@ -122,6 +122,14 @@ MORE = {
             n_groups=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     ),
+    "jamba": lambda: tf.JambaForCausalLM(
+        tf.JambaConfig(
+            **small(
+                num_experts=2, mamba_d_state=4, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
+                experts_implementation="eager",
+            )
+        )
+    ),
     "mpnet": lambda: tf.MPNetForSequenceClassification(tf.MPNetConfig(**PAD_ONE)),
     "longformer": lambda: tf.LongformerForMaskedLM(tf.LongformerConfig(**PAD_ONE, attention_window=[4, 4])),
     "yoso": lambda: tf.YosoForMaskedLM(tf.YosoConfig(**PAD_ONE, use_expectation=True)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -137,37 +137,49 @@ class ShareTokens:
         return layout.samples(layout.partition.shares[self._number].members, self._vectors // layout.partition.total)
 
     def behind(self, sequence: Sequence[int]) -> Tensor:
-        layout = getattr(self._scope.layout, "layout", self._scope.layout)
-        ids, spans = getattr(layout, "ids", None), self._scope.spans(self._number, self._vectors)
+        ids, spans = getattr(self._whole, "ids", None), self._scope.spans(self._number, self._vectors)
         told = ids is not None and ids.numel() == self._vectors and self._scope.layout.positions() is not None
         own = taken(ids.flatten(), spans) if told and ids is not None else None
-        spot = "behind", tuple(sequence), self._act.part, self._number
-        counts = [count for *_, count in self._units]
-        return behind_sequence(layout, self._scope.cache, spot, sequence, own, self.position, counts)
+        spot, counts = ("behind", tuple(sequence), self._act.part), [count for *_, count in self._units]
+        return behind_sequence(self._whole, self._memories, spot, sequence, own, self.position, counts)
+
+    @property
+    def _memories(self) -> Sequence[MutableMapping[Any, Any]]:
+        """What is known of the prompt of each row of the share: its own memory, or a place in the values of a cache."""
+        own, cache = getattr(self._whole, "memories", None), self._scope.cache
+        return [cache.setdefault(("memory", m), {}) if own is None else own[m] for m, *_ in self._units]
+
+    @property
+    def _whole(self) -> Any:
+        """The layout of the whole forward."""
+        return getattr(self._scope.layout, "layout", self._scope.layout)
 
     def prompt_mean(self, x: Tensor) -> Tensor:
         counts = torch.tensor([count for *_, count in self._units])
         row = torch.arange(len(counts)).repeat_interleave(counts).to(x.device)
         position, last = self.position.to(x.device), self.length.to(x.device).clamp(min=1) - 1
         inside = (position >= 0) & (position <= last)
-        cache, spot = self._scope.cache, ("prompt mean", self._act.part, self._scope.site.path, self._number)
-        layout = getattr(self._scope.layout, "layout", self._scope.layout)
-        if not getattr(layout, "continued", False):
-            whole = _summed((position == last)[:, None], row, len(counts)) > 0
-            complete = bool((whole | (_summed((position >= 0)[:, None], row, len(counts)) == 0)).all())
-            exact = x if x.dtype == torch.float64 else x.float()  # sums of many tokens need more digits than x has
-            total = _summed(torch.where(inside[:, None], exact, 0), row, len(counts))
-            cache[spot] = (total / _summed(inside[:, None], row, len(counts)).clamp(min=1)).to(x.dtype)
-        else:
-            complete = spot in cache and not bool(inside.any())
-        if not complete:
+        spot, memories, layout = ("prompt mean", self._act.part, self._scope.site.path), self._memories, self._whole
+        held = torch.tensor([spot in memory for memory in memories], device=x.device)
+        begins = ~held if hasattr(layout, "memories") else torch.full_like(held, not layout.continued)
+        reads = _summed(inside[:, None], row, len(counts))[:, 0] > 0
+        ends = _summed((position == last)[:, None], row, len(counts))[:, 0] > 0
+        empty = _summed((position >= 0)[:, None], row, len(counts))[:, 0] == 0
+        if not bool(torch.where(begins, ends | empty, held & ~reads).all()):
             what = f"{self._act.part.method.title} takes the mean of a row's prompt, which is not here as a whole"
             raise UsageError(what, "Run each prompt in one call, and go on from the cache that it filled.")
-        return cache[spot][row]
+        if bool(begins.any()):  # sums of many tokens need more digits than half precision has
+            exact = x if x.dtype == torch.float64 else x.float()
+            total = _summed(torch.where(inside[:, None], exact, 0), row, len(counts))
+            means = (total / _summed(inside[:, None], row, len(counts)).clamp(min=1)).to(x.dtype)
+            for memory, mean, new in zip(memories, means, begins.tolist(), strict=True):
+                if new:
+                    memory[spot] = mean
+        return torch.stack([memory[spot] for memory in memories])[row]
 
 
 def _summed(x: Tensor, row: Tensor, rows: int) -> Tensor:
-    """The sums (rows, width) of x (n, width) over the tokens of each row."""
+    """The sums (rows, width) of x (n, width), numbers or truths, over the tokens of each row."""
     x = x if x.is_floating_point() else x.long()
     return x.new_zeros(rows, x.shape[1]).index_add(0, row, x)
 

@@ -31,6 +31,7 @@ from .applying import SiteHooks
 from .combining import Combines
 from .entering import Entering
 from .fusing import Fusing
+from .going import Goes
 from .lookup import Lookup
 from .merging import merged_parameters
 from .packing import isolates_segments, probes
@@ -53,7 +54,7 @@ def attach(model: nn.Module) -> Bank:
     return Bank(plain_model(model))
 
 
-class Bank(Combines):
+class Bank(Combines, Goes):
     """Adapters by name over one frozen base.
 
     The ordinary call `model(input_ids=..., attention_mask=...)` and `model.generate` follow the route in force. Routes
@@ -165,6 +166,9 @@ class Bank(Combines):
     def remove(self, name: str) -> None:
         """Forget an adapter; the rest are not touched. Raises: UsageError where an open route uses it."""
         adapter = self._named(name)
+        if rows := self._lookup.routing.in_flight[name]:
+            what = f"adapter {name!r} is in use by {rows} {'row' if rows == 1 else 'rows'} in flight"
+            raise UsageError(what, "Wait until they have ended, or cancel them.")
         if self._lookup.routing.uses(name):
             raise UsageError(f"adapter {name!r} is in use by a route in force", "Leave the route first.")
         if user := next((own.name for own in self.adapters.values() if name in own.uses), None):

@@ -25,7 +25,7 @@ class Behind:
     """Does for a single activation what a layout does inside the backbone. `leads` are the vectors before each unit's
     first that its row has in other units."""
 
-    attends = False
+    attends = continued = False
 
     def __init__(
         self, route: Route, sizes: Sequence[int] | None = None, leads: Sequence[int] | None = None,

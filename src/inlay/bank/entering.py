@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from inlay.batch.forward import FORWARD, IN_MODEL, Forward, inside
-from inlay.batch.layout import Layout
 from inlay.batch.noise import neftune
 from inlay.batch.packed import PackedLayout
 from inlay.batch.padded import PaddedLayout
+from inlay.batch.paged import PastLayout
 from inlay.batch.prefixes import Prefixes
 from inlay.batch.route import Blend, Route
 from inlay.errors import UsageError
@@ -23,6 +23,7 @@ from inlay.sites.observe import uses_interface
 from inlay.sites.structure import Structure
 
 from .caches import check_cache, filled_under, tag_caches
+from .calls import contiguous, narrowed, output_layer, repeated, rows_of, without_cache
 from .hooks import Hook, strip
 from .lookup import Lookup
 from .outside import Outside
@@ -65,9 +66,9 @@ class Entering:
                 self._hooks.append(Hook.before(backbone.pooler, self._pool))
         for embedding in {b.embedding for b in self._backbones if b.embedding is not None}:
             self._embedders[embedding] = Hook.after(embedding, self._embed)
-        head = _output_layer(self.base.model)
+        head = output_layer(self.base.model)
         if head is not None:
-            self._hooks.append(Hook.before(head, _contiguous))
+            self._hooks.append(Hook.before(head, contiguous))
 
     def remove(self) -> None:
         for placed in (*self._hooks, *self._embedders.values(), *self._standins):
@@ -90,7 +91,7 @@ class Entering:
     def _routed(self, backbone: Backbone, route: Route, original: Callable[..., Any], given: dict[str, Any]) -> Any:
         if any(route.blends) and filled_under(given.get(backbone.cache)) is None:
             self._check()
-        values = self._values(given.get(backbone.cache))
+        values = self._values(given.get(backbone.cache)) if route.going is None else route.going.values
         layout = self._packed(backbone, route) if route.lengths else self._padded(backbone, route, given, values)
         check_cache(given.get(backbone.cache), layout.blends, self.bank.adapters)
         if self._recomputes and "use_cache" in backbone.signature.parameters:  # what is filled twice is wrong
@@ -119,12 +120,14 @@ class Entering:
         finally:
             forward.release()
         self._behind(forward)
+        if isinstance(layout, PastLayout):
+            layout.advance()
         if out is None:
             return None
         if given.get("use_cache") is False and not asked:
-            _without_cache(out, backbone.cache)
+            without_cache(out, backbone.cache)
         tag_caches(cache, out, layout.blends, self.bank.adapters, layout.prompt_lengths(), values)
-        return out if backbone.part == "encoder" else _narrowed(out, layout)
+        return out if backbone.part == "encoder" else narrowed(out, layout)
 
     @property
     def _recomputes(self) -> bool:
@@ -144,7 +147,7 @@ class Entering:
     # ---- how the batch lies
 
     def _padded(self, backbone: Backbone, route: Route, given: dict[str, Any], values: dict[Any, Any]) -> PaddedLayout:
-        rows = _rows(given)
+        rows = rows_of(given)
         if rows % len(route.blends):
             raise UsageError(
                 f"the route has {len(route.blends)} rows but the batch has {rows}", "Give one entry for each row."
@@ -161,10 +164,10 @@ class Entering:
             self.bank.check_prefix_read(prefixes.lengths, given.get("input_ids"))
         self._check_padding(backbone, given.get("attention_mask"), own_attention, virtual, prefixes)
         decoder = backbone.part == "decoder"
-        places = None if decoder or route.places is None else _each(route.places, each)
+        places = None if decoder or route.places is None else repeated(route.places, each)
         prompts = filled.prompts if filled is not None else None
         if prompts is None and route.prompts is not None:
-            prompts = tuple(_each(route.prompts, each))
+            prompts = tuple(repeated(route.prompts, each))
         return PaddedLayout(
             blends, backbone, virtual, prefixes, self.bank.virtual_of, prefixes.longest > 0 and own_attention,
             filled is not None, places, self.last_virtual_predicts, prompts, self._pooling.first_virtual,
@@ -197,6 +200,12 @@ class Entering:
     def _packed(self, backbone: Backbone, route: Route) -> PackedLayout:
         assert route.lengths is not None
         virtual = [self.bank.virtual_length(b) for b in route.blends]
+        if route.going is not None:
+            prefixes = self.bank.prefixes(backbone, route.blends, self.base, [p.keys == 0 for p in route.going.pasts])
+            return PastLayout(
+                route.blends, route.lengths, backbone, virtual, prefixes, self.bank.virtual_of, route.going,
+                self.last_virtual_predicts,
+            )  # fmt: skip
         return PackedLayout(
             route.blends, route.lengths, backbone, virtual, self._prefixes(backbone, route.blends, {}),
             self.bank.virtual_of, route.places, self.last_virtual_predicts, route.prompts,
@@ -245,53 +254,9 @@ class Entering:
         if mask.shape[1] == columns:
             return
         each = rows // len(route.blends)
-        virtual = torch.tensor(_each([self.bank.virtual_length(b) for b in route.blends], each), device=mask.device)
+        virtual = torch.tensor(repeated([self.bank.virtual_length(b) for b in route.blends], each), device=mask.device)
         first, length = mask.long().argmax(1)[:, None], mask.shape[1]
         column, virtual = torch.arange(columns, device=mask.device)[None], virtual[:, None]
         source = torch.where(column < first, column, column - virtual).clamp(0, length - 1)
         wide = torch.where((column >= first) & (column < first + virtual), 1, mask.gather(1, source))
         given["encoder_attention_mask"] = torch.where(column >= length + virtual, 0, wide)
-
-
-def _output_layer(model: Any) -> nn.Module | None:
-    try:
-        head = model.get_output_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None
-    return head if isinstance(head, nn.Linear) else None
-
-
-def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The last states of many rows are a slice: torch multiplies those with a frozen weight many times slower."""
-    if FORWARD.get() is None or not args or not isinstance(args[0], Tensor) or args[0].is_contiguous():
-        return None
-    return (args[0].contiguous(), *args[1:])
-
-
-def _rows(given: Mapping[str, Any]) -> int:
-    for value in (given.get("input_ids"), given.get("inputs_embeds"), *given.values()):
-        if isinstance(value, Tensor):
-            return value.shape[0]
-    raise UsageError("the base was called without a tensor", "Give input_ids.")
-
-
-def _each(values: Sequence[Any], times: int) -> list[Any]:
-    return [value for value in values for _ in range(times)]
-
-
-def _without_cache(out: Any, name: str) -> None:
-    """Leave out what a prefix was carried in: who wants no cache would go on from it."""
-    if name and getattr(out, name, None) is not None:
-        setattr(out, name, None)
-
-
-def _narrowed(out: Any, layout: Layout) -> Any:
-    if isinstance(out, Tensor):
-        return layout.narrow(out)
-    if isinstance(out, tuple):
-        return (layout.narrow(out[0]), *out[1:])
-    if getattr(out, "last_hidden_state", None) is not None:
-        out.last_hidden_state = layout.narrow(out.last_hidden_state)
-    if getattr(out, "hidden_states", None) is not None:
-        out.hidden_states = tuple(layout.narrow(states) for states in out.hidden_states)
-    return out

@@ -67,6 +67,9 @@ class _Wrapped:
     def from_units(self, value: Tensor, like: Tensor) -> Tensor:
         return value.reshape(like.shape)
 
+    def in_order(self, value: Tensor) -> bool:
+        return True
+
     def samples(self, members: Sequence[int], vectors: int) -> list[Unit]:
         return [(row, 0, vectors) for row in members]
 

@@ -68,11 +68,16 @@ class Lookup:
     def prefix_shift(self, blend: Blend) -> int:
         return sum(self.adapters[name].prefix_shift for name, _ in blend)
 
-    def prefixes(self, backbone: Backbone, blends: Sequence[Blend], base: Structure) -> Prefixes:
-        """The prefixes of a call's rows. What takes no cache counts none: there HF PEFT's prefixes, which it hands over
-        as a cache, move no positions, and neither do these."""
+    def prefixes(
+        self, backbone: Backbone, blends: Sequence[Blend], base: Structure, begins: Sequence[bool] | None = None
+    ) -> Prefixes:
+        """The prefixes of a call's rows; where it is said which of them it `begins`, the others have theirs. What takes
+        no cache counts none: there HF PEFT's prefixes, which it hands over as a cache, move no positions, and neither
+        do these."""
         lengths = [0 if backbone.part == "encoder" else self.prefix_length(b) for b in blends]
         shifts = [self.prefix_shift(b) if n and backbone.cache else 0 for n, b in zip(lengths, blends, strict=True)]
+        if begins is not None:
+            lengths = [n if new else 0 for n, new in zip(lengths, begins, strict=True)]
         sites = attention_sites(base) if any(lengths) else []
         heads = {site.module: site.value_heads for site in sites if site.value_heads}
         modules, attended = [site.module for site in sites], {b: any(self._attended(b)) for b in dict.fromkeys(blends)}

@@ -29,7 +29,7 @@ def gating_hook(site: Site, adapters: Mapping[str, Adapter], owner: object, obse
         forward, x = FORWARD.get(), first_tensor(args, kwargs)
         if forward is None or forward.owner is not owner or forward.behind or x is None:
             return
-        if not forward.layout.prefixes.holds(module):
+        if forward.layout.prefixes.longest and not forward.layout.prefixes.holds(module):
             found = _factors(site, adapters, forward, observed, x)
             if found is not None:
                 forward.inputs["prefix gates", module] = found

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from inlay.batch.forward import FORWARD, inside
 from inlay.errors import UsageError
 
-__all__ = ["bind_checkpoints", "recomputing", "unbind_checkpoints"]
+__all__ = ["bind_checkpoints", "checkpointed_blocks", "recomputing", "unbind_checkpoints"]
 
 NAME = "_gradient_checkpointing_func"
 
@@ -84,6 +84,15 @@ def unbind_checkpoints(model: nn.Module) -> None:
             setattr(module, NAME, bound.original)
 
 
+def checkpointed_blocks(model: Any) -> int:
+    """How many parts of a model are computed again one by one."""
+    return len(_blocks([m for m in model.modules() if hasattr(m, "gradient_checkpointing")]))
+
+
+def _blocks(modules: Sequence[Any]) -> list[Any]:
+    return [m for m in modules if isinstance(m, GradientCheckpointingLayer)] or list(modules)
+
+
 @contextmanager
 def recomputing(model: Any) -> Iterator[None]:
     """Each block saves its input alone and is computed again in the backward; the base stays in evaluation mode.
@@ -94,7 +103,7 @@ def recomputing(model: Any) -> Iterator[None]:
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UsageError(f"{type(model).__name__} has no gradient checkpointing", "Lower --tokens-at-once instead.")
     modules = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    blocks = [m for m in modules if isinstance(m, GradientCheckpointingLayer)] or modules
+    blocks = _blocks(modules)
     before = [(m, {k: vars(m)[k] for k in ("gradient_checkpointing", NAME) if k in vars(m)}) for m in modules]
     modes = [(block, block.training) for block in blocks]
     try:

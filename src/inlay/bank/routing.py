@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
@@ -67,6 +68,7 @@ class Routing:
         self.adapters = adapters
         self.default: Route | None = None
         self._opened: set[ref[Opened]] = set()  # weak: a thread may end inside of its block
+        self.in_flight: Counter[str] = Counter()  # adapters of rows that go on, with how many there are
 
     def open(self, route: Route) -> Opened:
         return Opened(self, route)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from inlay.batch.forward import Forward
-from inlay.batch.padded import PaddedLayout
 from inlay.methods.contract import BottleneckForm, LinearForm, Site
 
 from .acting import Scope, act_in_turn, input_scales, scaled_input
@@ -35,11 +34,10 @@ def goes_on(forward: Forward | None, owner: object) -> bool:
         forward is not None
         and forward.owner is owner
         and not (forward.training or forward.behind)
-        and isinstance(forward.layout, PaddedLayout)
         and forward.layout.continued
         and forward.route.noise is None
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(forward.layout.places.device.type)
+        and not torch.is_autocast_enabled(forward.layout.device.type)
     )
 
 
@@ -74,7 +72,7 @@ def step_of(
     path, vectors = scope.site.path, len(scope.layout.to_units(y, y.shape[-1]))
     rows = scope.layout.partition.total
     kinds = {act.part.sites[path].kind for _, acts in plan.rest for act in acts}
-    if "head" in kinds or vectors > rows * (FEW if plan.forms else SPREAD):
+    if "head" in kinds or vectors > rows * (FEW if plan.forms else SPREAD) or not scope.layout.in_order(y):
         return None
     acts = _linear(plan, scope, y, vectors, same_input, adapters) if plan.forms else []
     norms: dict[int, LinearForm] = {}

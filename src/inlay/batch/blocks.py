@@ -15,7 +15,7 @@ from inlay.sites.attention import QKV, is_own
 
 from .prefixes import Prefixes
 
-__all__ = ["Blocks", "StreamMask"]
+__all__ = ["Blocks", "StreamMask", "attended"]
 
 SHORT = 128
 """Keys below which a CPU's softmax in bfloat16 takes up to four times as long as one in float32 and two casts."""
@@ -72,7 +72,7 @@ class Blocks:
             if found is not None:
                 k, v = (torch.cat([f.transpose(0, 1).flatten(0, 1), x], 1) for f, x in zip(found, (k, v), strict=True))
             bias = self._bias(mask, number, k.shape[1], q.dtype)
-            pieces.append(_attended(plain, module, q, k, v, bias, rest).reshape(-1, v.shape[2]))
+            pieces.append(attended(plain, module, q, k, v, bias, rest).reshape(-1, v.shape[2]))
         return self._joined(pieces, qkv[0].shape[1], shared)
 
     # ---- rows of a tensor, which are the tokens of its heads, and their places in blocks
@@ -155,7 +155,7 @@ def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def _attended(
+def attended(
     plain: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, rest: dict[str, Any]
 ) -> Tensor:
     """Attention of one block, laid out like q; `bias` is (b, 1, n, keys)."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from inlay.sites.attention import QKV
@@ -29,6 +30,10 @@ class Layout(ABC):
     """
 
     attends = False
+    continued = False
+    """Whether all rows go on from what was read before, so that sites may do what they did at the last step."""
+    device = torch.device("cpu")
+    """Where its tokens are."""
     ids: Tensor | None = None
     """The token ids of the prepared forward, where it was given some; (rows, columns), or (1, tokens) of a stream."""
 
@@ -47,7 +52,12 @@ class Layout(ABC):
         """What `prepare` gives, whose ids are remembered."""
         made = self.prepare(given)
         self.ids = made.get("input_ids")
+        self.device = next((v.device for v in made.values() if isinstance(v, Tensor)), self.device)
         return made
+
+    def in_order(self, value: Tensor) -> bool:
+        """Whether `to_units` of an activation is but another shape of it."""
+        return True
 
     @abstractmethod
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:

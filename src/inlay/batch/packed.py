@@ -63,6 +63,9 @@ class PackedLayout(Layout):
             return value.reshape(like.shape)
         return value.view(1, like.shape[2], like.shape[1], like.shape[3]).transpose(1, 2)
 
+    def in_order(self, value: Tensor) -> bool:
+        return not self._by_head(value)
+
     def samples(self, members: Sequence[int], vectors: int) -> list[Unit]:
         return [(segment, 0, self.lengths[segment] * vectors) for segment in members]
 
@@ -103,7 +106,7 @@ class PackedLayout(Layout):
         if self._filled:
             return None
         self._filled = True
-        given = [self._values(blend) for blend in self.blends]
+        given = [self._values(blend) if new else None for blend, new in zip(self.blends, self.virtual, strict=True)]
         values = torch.cat([value for value in given if value is not None])
         at = (~self._real).nonzero()[:, 0]
         return embedded.index_copy(1, at, values[None].to(embedded.dtype))

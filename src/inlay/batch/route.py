@@ -59,8 +59,8 @@ class Route:
     """The blends of rows, or of packed segments with their `lengths` in tokens.
 
     `head_tokens` says how many tokens of each segment go on to the head; `places` before which of its own tokens each
-    row's virtual ones stand; `prompts` how many tokens of each are its prompt; `noise` switches dropout on. `cache`
-    holds what is computed once for all forwards of the route.
+    row's virtual ones stand; `prompts` how many tokens of each are its prompt; `noise` switches dropout on; `going` are
+    the pasts of segments that go on from a store. `cache` holds what is computed once for all forwards of the route.
     """
 
     blends: list[Blend]
@@ -69,6 +69,7 @@ class Route:
     noise: Noise | None = None
     places: list[int] | None = None
     prompts: list[int] | None = None
+    going: Any = None
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @property

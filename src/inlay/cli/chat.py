@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 from annotated_types import Gt, Le
 
@@ -41,10 +41,7 @@ def command(given: Chat, as_json: bool) -> None:
     if as_json:
         raise UsageError("a conversation is no JSON object", "Leave --json out; generate --json answers one prompt.")
     with console.status("loading"):
-        import torch
-
         writer = open_writer(given, given.adapter)
-    torch.manual_seed(given.seed)
     conversation = _Conversation(writer, given, given.system)
     console.print(COMMANDS, style="dim")
     while (line := _line()) is not None and line not in ("/quit", "/exit"):
@@ -69,6 +66,7 @@ class _Conversation:
 
     def __init__(self, writer: Writer, settings: Sampling, system: str | None) -> None:
         self.writer, self.settings = writer, settings
+        self.count = 0  # answers so far: each is drawn by a seed of its own
         self.opening = [("system", system)] if system else []
         self.turns = list(self.opening)
         trained = writer.row is not None
@@ -94,17 +92,22 @@ class _Conversation:
             self.answer(line)
 
     def answer(self, line: str) -> None:
-        from transformers import TextStreamer
-
-        tokenizer: Any = self.writer.encoder.tokenizer
         self.turns.append(("user", line))
         ids, place = self.writer.encoder.asked(self.turns) if self.remembers else self.writer.prompt(line)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        settings = replace(self.writer.fitting(self.settings, len(ids)), seed=self.settings.seed + self.count)
+        self.count += 1
         try:
-            new = self.writer.write(ids, place, self.writer.fitting(self.settings, len(ids)), streamer)
+            new = self.writer.write(ids, place, settings, said)
         except UsageError as error:  # the conversation has outgrown the base
             self.turns.pop()
             more = " /reset begins afresh." if self.remembers else ""
             console.print(f"{error}{more}", style="red", markup=False, highlight=False, soft_wrap=True)
             return
+        said("\n")
         self.turns.append(("assistant", self.writer.words(new)))
+
+
+def said(text: str) -> None:
+    """Show the next words of an answer at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -35,10 +35,7 @@ def command(given: Generate, as_json: bool) -> None:
     if given.raw and (given.chat or given.system):
         raise UsageError("--raw takes the prompt as it is", "Leave --chat and --system out.")
     with console.status("writing"):
-        import torch
-
         writer = open_writer(given, given.adapter, given.raw, given.chat, given.system)
-        torch.manual_seed(given.seed)
         new = writer.write(*writer.prompt(given.prompt), given)
     text = writer.words(new)
     if as_json:

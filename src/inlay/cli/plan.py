@@ -16,6 +16,9 @@ from .common import console, counted, emit
 
 __all__ = ["command"]
 
+LEAST = 0.01
+"""Share of the letters from which on a script is named."""
+
 
 @flags.command(PlanSettings, "planning", without=WITHOUT)
 def command(settings: PlanSettings, as_json: bool) -> None:
@@ -50,6 +53,8 @@ def _show(result: Mapping[str, Any]) -> None:
         "tokens",
         soft_wrap=True, markup=False,
     )  # fmt: skip
+    if line := _writing(data):
+        out.print(line, soft_wrap=True, markup=False)
     out.print(
         f"{base['name']}: {base['parameters']:,} parameters in {base['dtype']} on {base['device']}, "
         f"{base['memory_mb']:,.0f} MB before training"
@@ -60,10 +65,25 @@ def _show(result: Mapping[str, Any]) -> None:
     for one in result["left_out"]:
         out.print(f"left out: {one['label']}: {one['why']}", soft_wrap=True, markup=False, style="dim")
     out.print(_heldout(result["heldout"]), soft_wrap=True, markup=False)
+    for one in result["warnings"]:
+        whose = f"with {', '.join(one['methods'])}, " if one["methods"] else ""
+        out.print(f"warning: {whose}{one['text']}", soft_wrap=True, markup=False, style="yellow")
     out.print("\n" + " ".join(result["why"]), soft_wrap=True, markup=False)
     if result["command"]:
         out.print("\nnext:", style="dim")
         out.print(f"  {result['command']}", soft_wrap=True, markup=False)
+
+
+def _writing(data: Mapping[str, Any]) -> str:
+    """The scripts of the rows, and how the base's tokenizer cuts them."""
+    shares = [f"{name} {100 * share:.0f} %" for name, share in data["scripts"].items() if share >= LEAST]
+    if not shares or data["characters_a_token"] is None:
+        return ""
+    said = f"script, by letters (what language it is, is not told): {', '.join(shares)}; "
+    said += f"{data['characters_a_token']:.1f} characters a token"
+    if data["characters_a_token"] < 1:
+        said += ": the base's tokenizer hardly knows this writing, one that does will be faster"
+    return said
 
 
 def table(result: Mapping[str, Any]) -> Table:
@@ -113,7 +133,8 @@ def _fits(misses: Sequence[str]) -> str:
 
 def _heldout(held: Mapping[str, Any]) -> str:
     there, points = held["final_rows"], held["points_told_apart"]
-    told = f"tell {points:.1f} points of accuracy apart" if points is not None else "are too few to tell anything"
+    few = f"{'is' if there == 1 else 'are'} too few to tell anything"
+    told = few if points is None else f"tell {points:.1f} points of accuracy apart"
     return (
         f"{counted(there, 'final row')} held out {told}; 1 point takes {held['rows_for_1_point']:,}, or "
         f"{held['rows_for_1_point_4_of_5']:,} to see it four times of five (models that disagree on "

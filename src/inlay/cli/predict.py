@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +41,7 @@ class Predict(Sampling):
     template: Annotated[Template, Help("without it, the one that travels with the adapter", DATA)] = None
     columns: Columns = field(default_factory=dict)
     split: Split = "paragraph"
-    batch: Annotated[Count, Help("rows that are written at once, where the answers are text")] = 8
+    batch: Annotated[Count, Help("rows that are written at once, where the answers are text")] = 32
     tokens_at_once: TokensAtOnce = 4096
     resume: Annotated[bool, Help("go on with --out where it was broken off")] = False
 
@@ -97,8 +97,6 @@ def _predicted(
     given: Predict, opened: Opened, rows: Rows, done: int, labelled: bool, added: Sequence[str]
 ) -> Iterator[list[dict[str, Any]]]:
     """The records of the rows behind the first `done`, some at a time."""
-    import torch
-
     from inlay.data.targets import HeadEncoder
     from inlay.evaluation.head_predict import predicted_by_head
     from inlay.evaluation.predict import predicted_labels, predicted_texts
@@ -111,7 +109,8 @@ def _predicted(
     writer = Writer(bank, encoder, "adapter", positions=opened.positions)
 
     def write(prompts: Any) -> list[str]:
-        return [writer.words(new).strip() for new in writer.write_many(prompts, given)]
+        settings = replace(given, seed=given.seed + start)  # of the chunk that is at hand
+        return [writer.words(new).strip() for new in writer.write_many(prompts, settings, most=given.batch)]
 
     with Progress(
         TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
@@ -121,13 +120,12 @@ def _predicted(
         chunk = CHUNK if labelled or isinstance(encoder, HeadEncoder) else 4 * given.batch
         for start in range(done, len(rows), chunk):
             part = rows[start : start + chunk]
-            torch.manual_seed(given.seed + start)
             if isinstance(encoder, HeadEncoder):
                 found = predicted_by_head(bank, encoder, part, "adapter", budget)
             elif labelled:
                 found = predicted_labels(bank, encoder, part, "adapter", budget)
             else:
-                found = list(predicted_texts(encoder, part, write, given.batch))
+                found = list(predicted_texts(encoder, part, write))
             yield [_record(row, one, added, encoder.template.task) for row, one in zip(part, found, strict=True)]
             bar.advance(task, len(part))
 

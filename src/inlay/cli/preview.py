@@ -69,6 +69,7 @@ def command(given: Preview, as_json: bool) -> None:
     """
     from inlay.bases.adapters import adapter_folder
     from inlay.bases.load import load_tokenizer
+    from inlay.data.collisions import collisions
     from inlay.data.prepare import prepare
     from inlay.data.preview import preview_row
     from inlay.data.table import duplicates, read_table
@@ -77,7 +78,8 @@ def command(given: Preview, as_json: bool) -> None:
 
     made = make_method(given.method, given.set)
     folders = [] if given.adapter is None else [adapter_folder(given.adapter)]
-    if given.virtual_tokens_at != "start" and not made.virtual_length and not folders:
+    virtual, prefix = _added(folders) if folders else (made.virtual_length, made.prefix_length)
+    if given.virtual_tokens_at != "start" and not virtual and not folders:
         raise UsageError(
             f"{given.method} has no virtual tokens to put {given.virtual_tokens_at}", "Choose --method prompt."
         )
@@ -87,14 +89,26 @@ def command(given: Preview, as_json: bool) -> None:
         raise UsageError(f"--row {given.row} is not there", f"Give 0 to {len(table.rows) - 1}.")
     encoder = encoder_of(found.template)(load_tokenizer(given.base), found.template, found.max_length, found.virtual_at)
     rows = table.rows[given.row : given.row + given.rows]
-    shows = [(one, preview_row(encoder, one, made.virtual_length)) for one in rows]
+    shows = [(one, preview_row(encoder, one, virtual)) for one in rows]
+    warnings = collisions(encoder, table.rows[given.row :], bool(virtual))
     counts: dict[str, Any] = {"rows": len(table.rows), **prepare(encoder, table.rows).counts}
     counts["duplicates"] = duplicates(table.rows)
     if as_json:
         rows_shown = [{"where": one.where, **view.to_dict()} for one, view in shows]
-        emit({"shown": rows_shown, "counts": counts, "prefix_keys": made.prefix_length}, True)
+        told = [one.to_dict() for one in warnings]
+        emit({"shown": rows_shown, "counts": counts, "prefix_keys": prefix, "warnings": told}, True)
     else:
-        _print_rows(shows, counts, made.prefix_length)
+        _print_rows(shows, counts, prefix)
+        for one in warnings:
+            Console(highlight=False).print(f"warning: {one}", style="yellow", soft_wrap=True, markup=False)
+
+
+def _added(folders: Sequence[Path]) -> tuple[int, int]:
+    """Virtual tokens and keys of prefixes that the adapters in `folders` have."""
+    from inlay.formats.added_tokens import added_tokens
+
+    found = [added_tokens(folder) for folder in folders]
+    return sum(virtual for virtual, _ in found), sum(prefix for _, prefix in found)
 
 
 def _prompting(given: Preview, table: Table, folders: Sequence[Path]) -> Prompting:

@@ -80,6 +80,9 @@ def _show(settings: Settings, result: Mapping[str, Any]) -> None:
         f"{result['peak_memory_mb']:,.0f} MB at most, {result['trainable_parameters']:,} parameters trained",
         soft_wrap=True,
     )
+    predicted = result["predicted"]
+    before = "" if predicted["seconds"] is None else f"{_time(predicted['seconds'])}, "
+    out.print(f"predicted before: {before}{predicted['memory_mb']:,.0f} MB", style="dim")
     lines = [("adapter", result["adapter"]), ("report", f"{settings.out}/report.html")]
     out.print("\n".join(f"{name:8} {path}" for name, path in lines), markup=False, soft_wrap=True)
     base = "" if settings.base == "smollm2" else f" --base {shlex.quote(settings.base)}"

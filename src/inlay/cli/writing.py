@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +36,14 @@ class Sampling(Checked):
     device: Device = None
     quantize: Quantize = None
 
+    def of_row(self, number: int) -> Any:
+        """What the row `number` is drawn by; each has a seed of its own."""
+        from inlay.runtime.sampling import Sampling
+
+        return Sampling(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed + number
+        )  # fmt: skip
+
     def arguments(self) -> dict[str, Any]:
         """Those of transformers' `generate`."""
         drawn: dict[str, Any] = {"do_sample": False}
@@ -65,28 +73,50 @@ class Writer:
             return self.encoder.asked([*opening, ("user", template.prompt_of(row))])
         return self.encoder.prompt(row)
 
-    def write(self, ids: Sequence[int], place: int, settings: Sampling, streamer: Any = None) -> list[int]:
-        """The tokens that follow `ids`. Raises: UsageError where the base has no positions for them."""
-        return self.write_many([(ids, place)], settings, streamer)[0]
+    def write(
+        self, ids: Sequence[int], place: int, settings: Sampling, on_text: Callable[[str], object] | None = None
+    ) -> list[int]:
+        """The tokens that follow `ids`; `on_text` gets their text as it comes. Raises: UsageError where the base has no
+        positions for them."""
+        return self.write_many([(ids, place)], settings, on_text)[0]
 
     def write_many(
-        self, prompts: Sequence[tuple[Sequence[int], int]], settings: Sampling, streamer: Any = None
-    ) -> list[list[int]]:
-        """The tokens that follow each of several prompts, in one batch."""
-        import torch
+        self, prompts: Sequence[tuple[Sequence[int], int]], settings: Sampling,
+        on_text: Callable[[str], object] | None = None, most: int = 32,
+    ) -> list[list[int]]:  # fmt: skip
+        """The tokens that follow each of several prompts, `most` at once; each is drawn by its place among them."""
+        from inlay.runtime.generating import generate
+        from inlay.runtime.requests import Request
 
         if any(not ids for ids, _ in prompts):
             raise UsageError("the prompt has no tokens", "Give some words.")
         self._check_positions(prompts, settings)
+        if settings.beams > 1:
+            groups = [prompts[start : start + most] for start in range(0, len(prompts), most)]
+            return [ids for group in groups for ids in self._by_beams(group, settings)]
+        requests = [
+            Request(self.row, ids, settings.of_row(number), place) for number, (ids, place) in enumerate(prompts)
+        ]  # fmt: skip
+        found: list[list[int]] = [[] for _ in prompts]
+        for token in generate(self.bank, requests, self.encoder.tokenizer if on_text else None, most=most):
+            if token.error is not None:
+                raise token.error
+            found[token.request].append(token.id)
+            if on_text and token.text:
+                on_text(token.text)
+        return found
+
+    def _by_beams(self, prompts: Sequence[tuple[Sequence[int], int]], settings: Sampling) -> list[list[int]]:
+        """By transformers' beam search, in padded rows."""
+        import torch
+
         model, tokenizer = self.bank.model, self.encoder.tokenizer
         longest, pad = max(len(ids) for ids, _ in prompts), tokenizer.pad_token_id or 0
         rows = [[pad] * (longest - len(ids)) + list(ids) for ids, _ in prompts]
         given = torch.tensor(rows, device=model.device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in prompts], device=model.device)
         with torch.no_grad(), self.bank.route([self.row] * len(rows), places=[place for _, place in prompts]):
-            out = model.generate(
-                input_ids=given, attention_mask=mask, pad_token_id=pad, streamer=streamer, **settings.arguments()
-            )
+            out = model.generate(input_ids=given, attention_mask=mask, pad_token_id=pad, **settings.arguments())
         start = 0 if model.config.is_encoder_decoder else longest
         return [_ended(row[start:].tolist(), tokenizer.pad_token_id, tokenizer.eos_token_id) for row in out]
 

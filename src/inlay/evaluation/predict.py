@@ -69,19 +69,14 @@ def _each(make: Callable[[Sequence[Row]], list[Any]], rows: Sequence[Row]) -> li
         return [DroppedRow(where, error.what.removeprefix(where).lstrip(": "))]
 
 
-def predicted_texts(encoder: Encoder, rows: Sequence[Row], write: Write, batch: int) -> Iterator[Prediction]:
-    """The words that `write` puts behind each row's prompt, `batch` prompts of like length at once.
+def predicted_texts(encoder: Encoder, rows: Sequence[Row], write: Write) -> Iterator[Prediction]:
+    """The words that `write` puts behind the rows' prompts.
 
     Raises: UsageError for rows of plain text, which have no prompt.
     """
     if encoder.template.kind == "text":
         raise UsageError("rows of text alone have no prompt, and no labels to choose from", "Use `inlay generate`.")
     prompts = [one for row in rows for one in _each(lambda some: [encoder.prompt(some[0])], [row])]
-    order = [n for n, prompt in enumerate(prompts) if not isinstance(prompt, DroppedRow)]
-    order.sort(key=lambda n: len(prompts[n][0]))
-    answers: dict[int, str] = {}
-    for start in range(0, len(order), batch):
-        group = order[start : start + batch]
-        answers.update(zip(group, write([prompts[n] for n in group]), strict=True))
-    for n, prompt in enumerate(prompts):
-        yield Prediction("", None, prompt.reason) if isinstance(prompt, DroppedRow) else Prediction(answers[n])
+    answers = iter(write([prompt for prompt in prompts if not isinstance(prompt, DroppedRow)]))
+    for prompt in prompts:
+        yield Prediction("", None, prompt.reason) if isinstance(prompt, DroppedRow) else Prediction(next(answers))

@@ -22,7 +22,7 @@ from .altering import heads_alone, lower_ranks, replaces_module, shuffled, witho
 from .attention import attention_on_tokens
 from .effects import effects
 from .finding import Finding
-from .rows import calibration_error, first_moves, row_changes, row_words
+from .rows import calibration_error, first_moves, row_changes, row_words, token_calibration
 from .spectra import Spectrum, dense_spectra, spectra, summary
 from .start import started
 from .token_words import about_attention, about_tokens
@@ -229,11 +229,7 @@ def _units(bank: Bank, adapter: Adapter, rows: _Rows | None, found: Inspected) -
 
 def _changes(bank: Bank, name: str, tokenizer: Any, rows: _Rows, found: Inspected) -> None:
     own, base = rows.scored[name], rows.scored.get(None)
-    error = calibration_error(own)
-    if error is not None:
-        of_base = None if base is None else calibration_error(base)
-        found.measures["calibration"] = {"base": of_base, "adapter": error}
-        found.say(about_calibration(of_base, error, len(own), settings_of(bank.adapters[name])))
+    _calibration(bank, name, rows, found)
     if base is None:
         return
     changes, words = row_changes(base, own), row_words(rows.items.items, tokenizer)
@@ -242,6 +238,20 @@ def _changes(bank: Bank, name: str, tokenizer: Any, rows: _Rows, found: Inspecte
     }
     if rows.items.task == "generate":
         found.measures["moved_words"] = first_moves(bank, name, rows.items.items, tokenizer, rows.budget)
+
+
+def _calibration(bank: Bank, name: str, rows: _Rows, found: Inspected) -> None:
+    """Of labels, or where there are none, of the answers' tokens."""
+    error, count, of = calibration_error(rows.scored[name]), len(rows.scored[name]), "labels"
+    base = rows.scored.get(None)
+    of_base = None if base is None else calibration_error(base)
+    if error is None and rows.items.task == "generate":
+        names = [name] if base is None else [name, None]
+        errors, count = token_calibration(bank, names, rows.items.items, rows.budget)
+        error, of_base, of = errors.get(name), errors.get(None), "tokens"
+    if error is not None:
+        found.measures["calibration"] = {"base": of_base, "adapter": error, "of": of, "count": count}
+        found.say(about_calibration(of_base, error, count, settings_of(bank.adapters[name]), of))
 
 
 def settings_of(adapter: Adapter) -> dict[str, Any]:

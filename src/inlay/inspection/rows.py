@@ -17,12 +17,14 @@ from inlay.runtime.memory import TokenBudget, with_backoff
 
 from .words_near import shown
 
-__all__ = ["calibration_error", "first_moves", "most_moved", "row_changes"]
+__all__ = ["calibration_error", "first_moves", "most_moved", "row_changes", "token_calibration"]
 
 BINS = 10
 LEAST = 1e-3
 MOVED_ROWS = 32
 """Rows whose first answer token is looked at, for the words that moved."""
+CALIBRATED_ROWS = 64
+"""Rows whose answers' tokens calibration is measured on."""
 
 
 def calibration_error(rows: RowScores) -> float | None:
@@ -33,10 +35,39 @@ def calibration_error(rows: RowScores) -> float | None:
     """
     if rows.probabilities is None or rows.right is None or rows.predicted is None or not len(rows):
         return None
-    sure, hits = rows.probabilities.max(1), (rows.predicted == rows.right).astype(np.float64)
+    return _expected_error(rows.probabilities.max(1), (rows.predicted == rows.right).astype(np.float64))
+
+
+def _expected_error(sure: np.ndarray, hits: np.ndarray) -> float:
+    """Of the probabilities (n,) of what was said, and whether each was right (n,)."""
     place = np.minimum((sure * BINS).astype(np.int64), BINS - 1)
-    apart = np.bincount(place, sure - hits, BINS)
-    return float(np.abs(apart).sum() / len(rows))
+    return float(np.abs(np.bincount(place, sure - hits, BINS)).sum() / len(sure))
+
+
+@torch.no_grad()
+def token_calibration(
+    bank: Bank, names: Sequence[str | None], items: Sequence[Choices | Example], budget: TokenBudget
+) -> tuple[dict[str | None, float], int]:
+    """The expected calibration error of each of `names` (None is the base) over the answers' tokens of at most
+    `CALIBRATED_ROWS` rows of text, as `calibration_error` has it of labels: the surest next token, with what stood
+    before it as in the data. With the number of tokens, 0 where there are none.
+    """
+    chosen = [one for one in items[:CALIBRATED_ROWS] if isinstance(one, Example) and any(one.loss_mask[1:])]
+    sure: dict[str | None, list[Tensor]] = {name: [] for name in names}
+    hits: dict[str | None, list[Tensor]] = {name: [] for name in names}
+    segments = [Segment(name, example) for example in chosen for name in names]
+    for group in batches(segments, budget):
+        logits, labels, counts = with_backoff(budget, "looking", lambda group=group: answer_logits(bank, group))
+        pieces = zip(group, logits.float().split(counts), labels.split(counts), strict=True)
+        for segment, own, right in pieces:
+            assert segment.route is None or isinstance(segment.route, str)
+            most, said = own.softmax(-1).max(-1)
+            sure[segment.route].append(most.double().cpu())
+            hits[segment.route].append((said == right).double().cpu())
+    count = sum(len(one) for one in sure[names[0]]) if names else 0
+    if not count:
+        return {}, 0
+    return {n: _expected_error(torch.cat(sure[n]).numpy(), torch.cat(hits[n]).numpy()) for n in names}, count
 
 
 def row_changes(base: RowScores, own: RowScores, count: int = 5) -> dict[str, list[dict[str, float]]]:

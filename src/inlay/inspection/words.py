@@ -39,14 +39,16 @@ def about_score(change: Change, rows: int) -> Finding:
     return Finding("score", f"It is worse than the base: {told}.", "Train at a third of the rate, or fewer epochs.")
 
 
-def about_calibration(base: float | None, own: float, rows: int, settings: Settings = NONE) -> Finding:
-    """Expected calibration errors. Of n rows in `BINS` bins, one that is perfectly calibrated has up to about
-    sqrt(2 / pi) * sqrt(BINS / n) / 2 by chance."""
-    chance = math.sqrt(2 / math.pi) * 0.5 * math.sqrt(BINS / max(rows, 1))
+def about_calibration(
+    base: float | None, own: float, count: int, settings: Settings = NONE, of: str = "labels"
+) -> Finding:
+    """Expected calibration errors over `count` rows or tokens. Of n of them in `BINS` bins, one that is perfectly
+    calibrated has up to about sqrt(2 / pi) * sqrt(BINS / n) / 2 by chance."""
+    chance = math.sqrt(2 / math.pi) * 0.5 * math.sqrt(BINS / max(count, 1))
     against = "" if base is None else f" (the base: {base:.3f})"
-    words = f"Its probabilities of labels are off by {own:.3f} on the mean{against}"
+    words = f"Its probabilities of {of} are off by {own:.3f} on the mean{against}"
     if own <= chance:
-        return Finding("calibration", f"{words}; chance alone gives up to {chance:.3f} on so many rows.", noise=True)
+        return Finding("calibration", f"{words}; chance alone gives up to {chance:.3f} on so many.", noise=True)
     dropout = ", --set dropout=0.1" if "dropout" in settings else ""
     then = f"Fewer epochs{dropout} or --label-smoothing 0.1." if own > (base or 0) else ""
     return Finding("calibration", f"{words}; chance alone gives up to {chance:.3f}.", then)

@@ -44,6 +44,10 @@ class ALoRA(LoRA):
     ] = ()
     invocation: Annotated[str | None, Help("the same as text, which the base's tokenizer turns into ids")] = None
 
+    @property
+    def causal(self) -> bool:
+        return False
+
     def sites(self, base: Structure) -> list[Site]:
         if not self.alora_invocation_tokens:
             what = "aLoRA does not know from which tokens on it acts"

@@ -24,6 +24,10 @@ class BottleneckForward(BottleneckSettings):
     sum and y its norm.
     """
 
+    @property
+    def causal(self) -> bool:
+        return not self.use_gating
+
     def scale(self, params: Params) -> Tensor | float:
         return params["scale"] if "scale" in params else float(self.scaling)
 

@@ -83,16 +83,12 @@ class Method(Checked, Around, Over, ABC):
     """The fields of that file; None for methods that HF PEFT does not have, whose fields are their settings."""
     placed_by_settings: ClassVar[bool] = False
     """Whether settings alone say the sites, so that no key of a checkpoint is needed to find them."""
-
     replaces: ClassVar[bool] = False
     """Whether the method computes a module anew, whatever acted there before: then it must come first in a chain."""
-
     untrained: ClassVar[frozenset[str]] = frozenset()
     """Names of parameters of its sites that belong to an adapter and are saved with it, but never trained."""
-
     whole_numbers: ClassVar[frozenset[str]] = frozenset()
     """Those of the `untrained` that are whole numbers (below 2^24), as which checkpoints hold them."""
-
     peft_bias: ClassVar[bool] = False
     """Whether HF PEFT's config of the method has a field `bias`, which says that biases of the base are trained too."""
     lr: ClassVar[float] = 1e-3
@@ -102,6 +98,12 @@ class Method(Checked, Around, Over, ABC):
     def usual_rate(self) -> float:
         """The learning rate where nobody says one."""
         return self.lr
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's state depends on that token and those before it alone: then prompts are read in pieces, and
+        rows of one adapter share what they read of a common beginning."""
+        return True
 
     def parts(self) -> list[Method]:
         """The methods that an adapter of this one is made of: itself, but for presets."""
@@ -124,8 +126,7 @@ class Method(Checked, Around, Over, ABC):
 
     def derive(self, params: Params, site: Site | None) -> Params:
         """What follows from the parameters of one site (None: from the shared ones) and is worth computing once: once a
-        forward in training, once for each version of the parameters else. It is added to `params`.
-        """
+        forward in training, once for each version of the parameters else. It is added to `params`."""
         return {}
 
     def draw(self, params: Params, dropout: Callable[[Tensor, float], Tensor]) -> Params:
@@ -182,8 +183,7 @@ class Method(Checked, Around, Over, ABC):
     def merge(self, params: Params, site: Site) -> dict[str, Tensor]:
         """The module's parameters, by name and in its own layout, that make its plain forward equal to this adapter's.
 
-        Raises: UsageError for methods that have no such parameters.
-        """
+        Raises: UsageError for methods that have no such parameters."""
         if not self.has_form():
             raise UsageError(f"{self.title} cannot be merged into the base", "Keep the adapter beside the base.")
         return merged([self.form(params, site)], site)

@@ -46,6 +46,10 @@ class GatedLoRA(Method):
     layers: Layers = None
     dropout: Dropout = 0.0
 
+    @property
+    def causal(self) -> bool:
+        return False
+
     def sites(self, base: Structure) -> list[Site]:
         sites = select_projections(base, self.targets, self.layers)
         sites = [site for site in sites if site.stack != "decoder"]

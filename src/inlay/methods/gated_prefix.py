@@ -41,6 +41,10 @@ class GatedPrefix(UnmovedPrefix):
     encoder_hidden_size: Annotated[Count | None, Help("width of that network; that of the keys where unset")] = 512
     shared_gating: Annotated[bool, Help("one gate for keys and values")] = True
 
+    @property
+    def causal(self) -> bool:
+        return False
+
     def sites(self, base: Structure) -> list[Site]:
         found = []
         for site in super().sites(base):

@@ -55,6 +55,10 @@ class ReFT(Method):
     dropout: Dropout = 0.05
     layers: Layers = None
 
+    @property
+    def causal(self) -> bool:
+        return not self.suffix_positions
+
     def sites(self, base: Structure) -> list[Site]:
         if not self.units:
             raise UsageError(f"{self.title} edits no position", "Set prefix_positions or suffix_positions.")

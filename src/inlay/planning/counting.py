@@ -126,7 +126,10 @@ def _memory(ground: Ground, learner: Learner, trained: int) -> tuple[float, floa
     """MiB of training as it will be, and of a row at a time, beside the base at rest."""
     before = current_memory_mb(ground.budget.device)
     scored = ground.settings.heldout not in ("0", "0.0")
-    found = estimate_mb(ground.bank, [learner], ground.examples, ground.budget, ground.task, scored=scored)
+    recompute = ground.settings.gradient_checkpointing
+    found = estimate_mb(
+        ground.bank, [learner], ground.examples, ground.budget, ground.task, scored=scored, recompute=recompute
+    )
     own = ground.rest_mb + 4 * trained / MB - before
     return found["estimate_mb"] + own, found["least_mb"] + own
 

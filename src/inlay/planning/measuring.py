@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 
 from inlay.data.encode import Example
-from inlay.data.prepare import token_counts
+from inlay.data.typical import typical_rows
 from inlay.sites.positions import positions_of
 from inlay.training.learner import Learner
 from inlay.training.loop import train_steps
 
 from .counting import Ground
 
-__all__ = ["Clock", "Line", "Pace", "some_rows", "step_seconds", "token_seconds"]
+__all__ = ["Clock", "Line", "Pace", "step_seconds", "token_seconds"]
 
 Clock = Callable[[], float]
 REPEATS = 2
@@ -77,15 +76,6 @@ class Pace:
         return of_other * self.step / other.step
 
 
-def some_rows(examples: Sequence[Example], tokens: int) -> list[Example]:
-    """Rows of about so many tokens together, of lengths like those of all: one at least."""
-    sizes = token_counts(examples)
-    count = max(1, min(len(sizes), round(tokens / float(sizes.mean()))))
-    order = np.argsort(sizes, kind="stable")
-    places = (np.arange(count) + 0.5) * len(sizes) / count
-    return [examples[int(order[int(place)])] for place in places]
-
-
 def step_seconds(ground: Ground, learner: Learner, rows: Sequence[Example], clock: Clock = time.perf_counter) -> float:
     """The seconds of a step on `rows`, the fastest of some; the learner must be over as many rows a step."""
     recompute = ground.settings.gradient_checkpointing
@@ -112,7 +102,7 @@ def token_seconds(
     adapter = None if name is None else ground.bank.adapters[name]
     positions = positions_of(model) or MANY
     room = positions - NEW - (0 if adapter is None else adapter.virtual_length + adapter.prefix_length)
-    typical = some_rows(ground.examples, 1)[0].ids[: max(1, room)]
+    typical = typical_rows(ground.examples, 1)[0].ids[: max(1, room)]
     ids = torch.tensor([typical] * rows, device=model.device)
     taken: dict[int, list[float]] = {1: [], NEW: []}
     for _ in range(REPEATS + 1):

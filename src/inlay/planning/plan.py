@@ -14,7 +14,9 @@ import torch
 from inlay.bank.bank import Bank, attach
 from inlay.bases.load import Base, load_base
 from inlay.bases.memory import free_memory
+from inlay.data.collisions import LOOKED_AT, collisions
 from inlay.data.encode import Example
+from inlay.data.typical import typical_rows
 from inlay.errors import InlayError, UsageError
 from inlay.evaluation.intervals import FEW
 from inlay.runs.command import command_parts
@@ -29,7 +31,7 @@ from .answers import Course, answers, heldout_rows
 from .candidates import Candidate, candidates
 from .choosing import Choice, choose
 from .counting import Cost, Ground, cost_of, trial
-from .measuring import LARGE, SMALL, Clock, Line, Pace, some_rows, step_seconds, token_seconds
+from .measuring import LARGE, SMALL, Clock, Line, Pace, step_seconds, token_seconds
 from .rows import Material, read_material
 from .settings import PlanSettings, limits_of
 
@@ -89,7 +91,7 @@ def _planned(
     choice = choose(found, limits)
     return {
         "base": _base_record(base, measured, ground),
-        "data": _data_record(dataset, material, given),
+        "data": _data_record(dataset, material, given, base.tokenizer),
         "course": {"steps": course.steps, "tokens_a_step": course.tokens, "batch_size": given.batch_size},
         "limits": dataclasses.asdict(limits),
         "heldout": _heldout_record(dataset, settings.disagree / 100),
@@ -97,6 +99,7 @@ def _planned(
         "left_out": [{"label": name, "why": why} for name, why in left_out.items()],
         "choice": None if choice.answer is None else choice.answer.record(),
         "why": list(choice.why),
+        "warnings": _warnings(dataset, material, costs),
         "command": _command(settings, choice),
     }
 
@@ -157,7 +160,7 @@ def _measured(
     """Steps, and tokens of answers to so many `rows` at once, of as many of `costs` as `seconds` allow, the first one
     always; `answer` is the base's own."""
     begun, tried = clock(), [*costs]
-    one, few, many = (some_rows(ground.examples, tokens) for tokens in (1, SMALL, LARGE))
+    one, few, many = (typical_rows(ground.examples, tokens) for tokens in (1, SMALL, LARGE))
     weights = sum(p.numel() for p in ground.bank.model.parameters())
     paces: dict[Candidate, Pace] = {}
     failed: InlayError | None = None
@@ -213,13 +216,21 @@ def _base_record(base: Base, measured: _Measured, ground: Ground) -> dict[str, A
     }  # fmt: skip
 
 
-def _data_record(dataset: Dataset, material: Material, settings: Settings) -> dict[str, Any]:
+def _data_record(dataset: Dataset, material: Material, settings: Settings, tokenizer: Any) -> dict[str, Any]:
+    scripts, characters = material.writing(tokenizer)
     dropped = {name: count for name, count in material.counts.items() if name.startswith("dropped") and count}
     return {
         "rows": len(dataset.rows), "labels": dataset.labels, "encoded": material.counts["rows"],
         "cut": material.counts.get("cut", 0), "dropped": dropped, "lengths": lengths(material.lengths),
-        "max_length": settings.max_length,
+        "max_length": settings.max_length, "scripts": scripts, "characters_a_token": characters,
     }  # fmt: skip
+
+
+def _warnings(dataset: Dataset, material: Material, costs: Mapping[Candidate, Cost]) -> list[dict[str, Any]]:
+    """What is wrong with where virtual tokens would stand, with the `methods` that have some."""
+    methods = list(dict.fromkeys(one.method for one in costs if one.make().virtual_length))
+    found = collisions(material.encoder, dataset.rows[:LOOKED_AT], bool(methods))
+    return [{"text": str(one), "methods": methods, **one.to_dict()} for one in found]
 
 
 def _heldout_record(dataset: Dataset, disagree: float) -> dict[str, Any]:
@@ -237,9 +248,11 @@ def _command(settings: PlanSettings, choice: Choice) -> str | None:
     if choice.answer is None:
         return None
     names = {field.name for field in fields_of(Settings)}
-    config: Mapping[str, Any] = {n: v for n, v in dataclasses.asdict(settings).items() if n in names}
+    config: dict[str, Any] = {n: v for n, v in dataclasses.asdict(settings).items() if n in names}
     candidate = choice.answer.candidate
     config = {**config, "method": candidate.method, "set": dict(candidate.set)}
+    if not candidate.make().virtual_length:  # a place that a run of this method would refuse
+        config["virtual_tokens_at"] = "start"
     if settings.memory is not None:
         config = {**config, "memory_limit": settings.memory}
     return shlex.join(command_parts({"config": config}))

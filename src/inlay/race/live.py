@@ -27,6 +27,21 @@ AGAIN = 5
 """Seconds after which the page looks anew."""
 LARGEST = 10_000
 """Bytes of what a page may ask."""
+WORDS = (
+    "It is done after the next step. Stop: the contender leaves, its adapter stays. Continue: one that left goes on "
+    "to its end. Clone: another like it enters, with other settings."
+)
+RELOAD = (
+    "<script>setInterval(function () { var form = document.forms[0]; "
+    "if (!(form && (form.contains(document.activeElement) || form.set.value)) && !String(getSelection())) "
+    f"location.reload(); }}, {1000 * AGAIN});</script>"
+)
+"""What is being typed or marked stays."""
+HEADERS = {
+    "Cache-Control": "no-store", "Referrer-Policy": "same-origin", "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+}  # fmt: skip
 
 
 def live_app(folder: Path, port: int, token: str) -> Any:
@@ -47,9 +62,7 @@ def live_app(folder: Path, port: int, token: str) -> Any:
         if request.headers.get("host") not in own:
             return PlainTextResponse("this page is for this machine alone", 403)
         answer = await go_on(request)
-        answer.headers.update(
-            {"Cache-Control": "no-store", "Referrer-Policy": "same-origin", "X-Frame-Options": "DENY"}
-        )
+        answer.headers.update(HEADERS)
         return answer
 
     def page(request: Any) -> Any:
@@ -98,8 +111,8 @@ def _with_forms(page: str, folder: Path, token: str) -> str:
     """The page, which looks anew by itself; with a form where the link holds a token."""
     from markupsafe import Markup, escape
 
-    meta = Markup('<meta http-equiv="refresh" content="{}">').format(AGAIN)
-    page = page.replace("</head>", f"{meta}</head>", 1)
+    again = Markup('<noscript><meta http-equiv="refresh" content="{}"></noscript>').format(AGAIN) + Markup(RELOAD)
+    page = page.replace("</head>", f"{again}</head>", 1)
     if not token:
         return page
     names = Markup("").join(
@@ -107,16 +120,13 @@ def _with_forms(page: str, folder: Path, token: str) -> str:
     )
     asks = Markup("").join(Markup("<option>{}</option>").format(what) for what in ASKS)
     form = Markup(
-        '<form method="post" action="/ask"><h2>Ask</h2><p><input type="hidden" name="token" value="{token}">'
-        '<select name="what" aria-label="what">{asks}</select> <select name="name" aria-label="contender">{names}'
-        '</select> <input name="set" aria-label="settings of a clone" placeholder="lr=0.001 (of a clone)"> '
-        "<button>ask</button></p></form>"
-    ).format(token=escape(token), asks=asks, names=names)
-    return (
-        page.replace("</main>", f"{form}</main>", 1)
-        if "</main>" in page
-        else page.replace("</body>", f"{form}</body>", 1)
-    )
+        '<form method="post" action="/ask" class="card full"><h2>Ask something of the race</h2><p class="tools">'
+        '<input type="hidden" name="token" value="{token}"><select name="what" aria-label="what">{asks}</select>'
+        '<select name="name" aria-label="contender">{names}</select>'
+        '<input name="set" aria-label="settings of a clone" placeholder="of a clone: lr=0.001 r=16">'
+        '<button>Ask</button></p><p class="place">{words}</p></form>'
+    ).format(token=escape(token), asks=asks, names=names, words=WORDS)
+    return page.replace("</main>", f"{form}</main>", 1)
 
 
 class Live:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,52 +14,48 @@ from inlay.files import write_json
 from inlay.reporting.race_page import write_race_page
 from inlay.runs.asking import Requests
 from inlay.runs.command import command_parts
+from inlay.runs.context import Context
 from inlay.runs.folder import RunFolder
 from inlay.runs.planning import Opened
+from inlay.runs.progress import Progress
 from inlay.runs.run import OnMessage, OnProgress, run
 from inlay.runs.session import OnStep
+from inlay.runs.turns import Selection
 from inlay.training.plan import Plan
 
 from .contenders import contenders
 from .halving import Halving, shares_of
+from .latency import measured_latency
 from .planning import plans_for
+from .rungs import Shares
 from .settings import RaceSettings
 from .space import read_space
-from .standings import first_plans, standings
+from .standings import PLANNED, first_plans, standings
 
-__all__ = ["race"]
+__all__ = ["OnTurn", "race"]
+
+OnTurn = Callable[[Sequence[Progress], Sequence[Plan], Shares], None]
+"""Sees the contenders so far, the plans that wait, and the rungs."""
 
 
 def race(
     settings: RaceSettings, on_step: OnStep | None = None, on_message: OnMessage | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress | None = None, on_turn: OnTurn | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Race contenders on the same rows, and return what race.json holds: the best adapter is in `settings.out`/adapter.
 
-    Raises: as `run`; UsageError where the space is empty, fewer than two contenders can act on the base, or the budget
-    does not reach a first rung.
+    `on_turn` sees all contenders before the first step and after each one, and who waits. Raises: as `run`; UsageError
+    where the space is empty, fewer than two contenders can act on the base, or the budget does not reach a first rung.
     """
     folder = RunFolder(settings.out)
     if settings.asked:
         if (answer := _ask(settings, folder)) is not None:
             return answer
         settings = settings.unasked()
-    earlier = folder.read() if settings.resume else {}
-    space = read_space(settings.space)
-    halving = Halving(shares_of(first_plans(folder, earlier)), settings.at_once)
-
-    def plans(opened: Opened) -> Sequence[Plan]:
-        rows = len(opened.dataset.rows)
-        tried = contenders(space, settings.contenders, seed=settings.seed, rows=rows, seeds=settings.seeds)
-        if settings.contenders is not None and (there := len(tried) // settings.seeds) < settings.contenders:
-            opened.on_message(f"the space {settings.space} holds {there} contenders, not {settings.contenders}")
-        made = plans_for(opened, tried, settings.budget)
-        halving.shares = shares_of(made)
-        return made
-
+    rules = _Rules(settings, folder, on_turn)
     with _page(settings, folder, on_message):
         own = replace(settings, open=False)  # which says nothing of the race
-        run(own, on_step, on_message, on_progress, plans, halving.select, halving.due)
+        run(own, on_step, on_message, on_progress, rules.plans, rules.select, rules.halving.due, rules.measure)
     folder.several = True
     result = standings(folder)
     if result["winner"] is not None:
@@ -68,6 +64,45 @@ def race(
     write_json(folder.path / "race.json", result)
     write_race_page(folder.path, result, command_parts(folder.read(), command="race", kind=RaceSettings))
     return result
+
+
+class _Rules:
+    """What a race tells its run: the plans, who stays, and what is measured at the end.
+
+    Raises: UsageError where the space cannot be read.
+    """
+
+    def __init__(self, settings: RaceSettings, folder: RunFolder, on_turn: OnTurn | None) -> None:
+        earlier = folder.read() if settings.resume else {}
+        self.settings, self.folder, self.space, self.on_turn = settings, folder, read_space(settings.space), on_turn
+        self.halving = Halving(shares_of(first_plans(folder, earlier)), settings.at_once)
+        self._said: list[str] = []
+
+    def plans(self, opened: Opened) -> Sequence[Plan]:
+        settings, on_message = self.settings, opened.on_message
+
+        def say(line: str) -> None:
+            self._said.append(line)
+            on_message(line)
+
+        opened = replace(opened, on_message=say)
+        rows = len(opened.dataset.rows)
+        tried = contenders(self.space, settings.contenders, seed=settings.seed, rows=rows, seeds=settings.seeds)
+        if settings.contenders is not None and (there := len(tried) // settings.seeds) < settings.contenders:
+            say(f"the space {settings.space} holds {there} contenders, not {settings.contenders}")
+        made = plans_for(opened, tried, settings.budget)
+        self.halving.shares = shares_of(made)
+        return made
+
+    def select(self, progress: Sequence[Progress], waiting: Sequence[Plan]) -> Selection:
+        if not progress and self._said:  # the folder is this run's by now
+            write_json(self.folder.path / PLANNED, self._said)
+        if self.on_turn is not None:
+            self.on_turn(progress, waiting, self.halving.shares)
+        return self.halving.select(progress, waiting)
+
+    def measure(self, context: Context, progress: Sequence[Progress]) -> Mapping[str, Any]:
+        return measured_latency(context, progress, self.halving.shares)
 
 
 def _page(settings: RaceSettings, folder: RunFolder, on_message: OnMessage | None) -> AbstractContextManager[Any]:

@@ -19,7 +19,10 @@ from inlay.training.plan import Plan
 from .halving import shares_of
 from .rungs import rungs_of
 
-__all__ = ["first_plans", "standings"]
+__all__ = ["PLANNED", "first_plans", "order", "standings"]
+
+PLANNED = "planned.json"
+"""Of a race's folder: what was said when it was planned, so of contenders that were left out, and of the budget."""
 
 
 def first_plans(folder: RunFolder, record: Mapping[str, Any]) -> list[Plan]:
@@ -38,6 +41,7 @@ def standings(folder: RunFolder) -> dict[str, Any]:
     record, chosen = folder.read(), _chosen(folder)
     metric, shares = record.get("metric"), shares_of(first_plans(folder, record))
     learners: Mapping[str, Any] = record.get("learners") or {}
+    latency: Mapping[str, Any] = record.get("latency") or {}
     found = []
     for plan in recorded_plans(record):
         own, scores = learners.get(plan.name) or {}, chosen.get(plan.name, [])
@@ -47,8 +51,9 @@ def standings(folder: RunFolder) -> dict[str, Any]:
         described |= {"config": record["plans"][plan.name]["set"], "lr": plan.rate, "seed": plan.seed}
         best = _best([line["heldout"] for line in scores], metric)
         described |= {"choosing": best, "rungs": passed, "total_steps": total}
+        described |= _token_ms(latency, plan.name)
         found.append({**described, **_own(own, metric), "adapter": str(folder.path / "adapters" / plan.name)})
-    found.sort(key=lambda one: (-one["rungs"], _order(one["choosing"], metric)))
+    found.sort(key=lambda one: (-one["rungs"], order(one["choosing"], metric)))
     sound = [one for one in found if not str(one["status"]).startswith("diverged") and one["choosing"] is not None]
     base = next((own["heldout_base"] for own in learners.values() if own.get("heldout_base")), {})
     return finite({
@@ -57,6 +62,8 @@ def standings(folder: RunFolder) -> dict[str, Any]:
         "final_rows": next((own.get("final_rows") for own in learners.values()), 0),
         "tokens": sum(one["tokens"] or 0 for one in found), "seconds": record.get("seconds"),
         "whole_tokens": _whole(found), "notices": record.get("notices") or [],
+        "planned": _planned(folder),
+        "base_token_ms": latency.get("base_token_ms"), "latency_unmeasured": latency.get("unmeasured"),
     })  # fmt: skip
 
 
@@ -67,6 +74,20 @@ def _own(own: Mapping[str, Any], metric: str | None) -> dict[str, Any]:
     found = {"status": own.get("status", "waiting"), "score": heldout.get(metric), "interval": intervals.get(metric)}
     found |= {"scores": heldout, **{name: own.get(name) for name in ("steps", "tokens", "seconds", "comparison")}}
     return found | {name: cost.get(name) for name in costs}
+
+
+def _planned(folder: RunFolder) -> list[str]:
+    try:
+        found = json.loads((folder.path / PLANNED).read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return []
+    return [str(line) for line in found] if isinstance(found, list) else []
+
+
+def _token_ms(latency: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Milliseconds that a decoded token takes more with a contender, the middle half of the pairs beside them."""
+    own = (latency.get("added_token_ms") or {}).get(name) or {}
+    return {"token_ms": own.get("ms"), "token_ms_quartiles": own.get("quartiles")}
 
 
 def _chosen(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
@@ -89,7 +110,8 @@ def _best(scores: list[dict[str, Any]], metric: str | None) -> float | None:
     return (max(values) if metric in HIGHER else min(values)) if values else None
 
 
-def _order(value: float | None, metric: str | None) -> float:
+def order(value: float | None, metric: str | None) -> float:
+    """A score as something of which less is better; what is no number comes last."""
     if value is None or not math.isfinite(value):
         return math.inf
     return -value if metric in HIGHER else value

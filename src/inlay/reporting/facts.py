@@ -7,7 +7,7 @@ from typing import Any
 
 from .words import label_text, number
 
-__all__ = ["cost_facts", "data_facts"]
+__all__ = ["added_costs", "cost_facts", "data_facts"]
 
 LABELS = 20
 """At most, whose rows are listed."""
@@ -16,6 +16,7 @@ LABELS = 20
 def cost_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Steps, time, memory and size; what the record lacks is left out."""
     cost, memory = record.get("cost") or {}, record.get("memory") or {}
+    predicted = record.get("predicted") or {}
     made: list[tuple[str, str]] = []
 
     def add(name: str, value: Any, unit: str = "") -> None:
@@ -25,6 +26,7 @@ def cost_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     add("Steps", record.get("steps"))
     add("Tokens", record.get("tokens"))
     add("Training time", record.get("seconds"), " s")
+    add("Predicted before", predicted.get("seconds"), " s")
     add("Time for scoring", record.get("evaluation_seconds"), " s")
     add("Tokens a second", record.get("tokens_per_second"))
     add("Peak memory", record.get("peak_memory_mb"), " MB")
@@ -38,6 +40,31 @@ def cost_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     add("Tokens added to each row", cost.get("virtual_tokens") or None)
     add("Prefix keys in each layer", cost.get("prefix_tokens") or None)
     return made
+
+
+def added_costs(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the tokens cost that the adapter adds to each row, as `words` and `lines` of (name, step, times the base's,
+    memory of a row, a token of an answer); None where it adds none."""
+    added = (record.get("cost") or {}).get("added") or {}
+    costs = added.get("costs") or {}
+    if "adapter" not in costs:
+        return None
+    names = {"adapter": "this adapter", "lora": "LoRA r 8", "base": "base alone"}
+    lines = []
+    for name, label in names.items():
+        if (own := costs.get(name)) is not None:
+            shown = [(own.get("step_seconds"), " s"), (own.get("times"), ""), (own.get("held_mb"), " MB"),
+                     (own.get("token_ms"), " ms")]  # fmt: skip
+            lines.append((label, *("–" if value is None else f"{value:,.3g}{unit}" for value, unit in shown)))
+    return {"words": _added_words(added), "lines": lines}
+
+
+def _added_words(added: Mapping[str, Any]) -> str:
+    virtual, prefix = added.get("virtual_tokens") or 0, added.get("prefix_tokens") or 0
+    long = float(added.get("row_tokens") or 0)
+    parts = [f"{number(virtual)} virtual tokens"] if virtual else []
+    parts += [f"{number(prefix)} keys of prefixes in each layer"] if prefix else []
+    return f"{' and '.join(parts)} beside rows of {number(long)} tokens in the mean"
 
 
 def data_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:

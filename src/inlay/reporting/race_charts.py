@@ -1,9 +1,9 @@
-"""The pictures of a race: score against trained parameters, and the curves of all contenders."""
+"""The pictures of a race: score against trained parameters and against latency, and the curves of all contenders."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -11,7 +11,7 @@ from .charts import Line, lines, thinned, tick_names, ticks
 from .race_entrants import Entrant, Race
 from .words import interval_text, is_number, number, score_text
 
-__all__ = ["curves", "front", "scatter"]
+__all__ = ["LATENCY", "PARAMETERS", "Axis", "curves", "front", "scatter"]
 
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 50, 16, 14, 40
@@ -21,7 +21,7 @@ MOST = 60
 APART = 20
 """Largest score over the least from which on the scale is logarithmic."""
 SIDE = 5
-"""Pixels between points of equally many parameters, which would hide one another."""
+"""Pixels between points of equal costs, which would hide one another."""
 PLACES = ((10, 4), (-10, 4), (0, -8), (0, 17), (15, -10), (-15, -10), (15, 20), (-15, 20), (24, 4), (-24, 4),
           (0, -22), (0, 31), (26, -16), (-26, -16), (26, 26), (-26, 26))  # fmt: skip
 """Where a label may stand beside its point, the best first."""
@@ -29,6 +29,24 @@ PLACES = ((10, 4), (-10, 4), (0, -8), (0, 17), (15, -10), (-15, -10), (15, 20), 
 
 _Box = tuple[float, float, float, float]
 """Left, top, right and foot."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A cost that scores are drawn against: `of` a contender, None where it is unknown. `log`: by powers of ten."""
+
+    name: str
+    of: Callable[[Entrant], float | None]
+    words: Callable[[Entrant], str]
+    log: bool = False
+
+
+PARAMETERS = Axis(
+    "trained parameters", lambda own: own.parameters or None, lambda own: f"{number(own.parameters)} parameters", True
+)
+LATENCY = Axis(
+    "ms a token more than the base", lambda own: own.token_ms, lambda own: f"{own.token_ms or 0:+.2g} ms a token"
+)
 
 
 @dataclass(frozen=True)
@@ -40,38 +58,42 @@ class _Dot:
     high: float | None
 
 
-def front(race: Race) -> list[Entrant]:
-    """The Pareto front: contenders that no other one beats in score with as few parameters; by their parameters."""
+def front(race: Race, axis: Axis = PARAMETERS) -> list[Entrant]:
+    """The Pareto front: contenders that no other one beats in score at as little of the axis; the cheapest first."""
     sign = -1 if race.higher else 1
-    there = [own for own in race.entrants if own.score is not None and own.parameters]
     found: list[Entrant] = []
-    for own in sorted(there, key=lambda own: (own.parameters or 0, sign * (own.score or 0.0))):
+    for own in sorted(_there(race, axis), key=lambda own: (axis.of(own) or 0.0, sign * (own.score or 0.0))):
         if not found or sign * (own.score or 0.0) < sign * (found[-1].score or 0.0):
             found.append(own)
     return found
 
 
-def scatter(race: Race) -> str:
-    """Score (y) against trained parameters (x, logarithmic) with intervals; "" where no contender has both."""
-    there = [own for own in race.entrants if own.score is not None and own.parameters]
+def _there(race: Race, axis: Axis) -> list[Entrant]:
+    return [own for own in race.entrants if own.score is not None and axis.of(own) is not None]
+
+
+def scatter(race: Race, axis: Axis = PARAMETERS) -> str:
+    """Score (y) against the axis (x) with intervals; "" where no contender has both."""
+    there = _there(race, axis)
     if not there:
         return ""
     values = [own.score or 0.0 for own in there] + ([race.base] if race.base is not None else [])
     log = min(values) > 0 and max(values) > APART * min(values)
     ends = values + [end for own in there for end in _ends(own) if not log or end > 0]
     y = _Scale(ends, TOP, HEIGHT - BOTTOM, log)
-    x = _Scale([float(own.parameters or 1) for own in there], WIDTH - RIGHT - 12, LEFT + 12, True)
-    dots = _dots(there, x, y)
-    parts = _axes(race, x, y)
-    best = {own.name for own in front(race)}
+    costs = [axis.of(own) or 0.0 for own in there] + ([] if axis.log else [0.0])
+    x = _Scale(costs, WIDTH - RIGHT - 12, LEFT + 12, axis.log)
+    dots = _dots(there, axis, x, y)
+    parts = _axes(race, axis, x, y)
+    best = {own.name for own in front(race, axis)}
     path = [f"{dot.x:.1f},{dot.y:.1f}" for dot in sorted(dots, key=lambda dot: dot.x) if dot.own.name in best]
     parts += [f'<polyline class="front" points="{" ".join(path)}"/>'] if len(path) > 1 else []
-    parts += [_bar(dot) for dot in dots] + [_circle(race, dot, best) for dot in dots]
+    parts += [_bar(dot) for dot in dots] + [_circle(race, axis, dot, best) for dot in dots]
     taken = [_around(dot) for dot in dots]
     if race.base is not None:
         parts.append(_base_label(y.at(race.base), taken))
     parts += _labels(dots, taken)
-    title = f"{escape(race.metric)} against trained parameters"
+    title = f"{escape(race.metric)} against {axis.name}"
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}"><title>{title}</title>' + (
         "".join(parts) + "</svg>"
     )
@@ -152,23 +174,23 @@ def _ends(own: Entrant) -> list[float]:
     return [float(end) for end in given] if there else []
 
 
-def _dots(there: Sequence[Entrant], x: _Scale, y: _Scale) -> list[_Dot]:
-    """Their places; those of equally many parameters stand side by side."""
+def _dots(there: Sequence[Entrant], axis: Axis, x: _Scale, y: _Scale) -> list[_Dot]:
+    """Their places; those of equal costs stand side by side."""
     columns: dict[int, list[Entrant]] = {}
     for own in there:
-        columns.setdefault(round(x.at(own.parameters or 1) / SIDE), []).append(own)
+        columns.setdefault(round(x.at(axis.of(own) or 0.0) / SIDE), []).append(own)
     found = []
     for members in columns.values():
         side = min(SIDE, 40 / len(members))
         for n, own in enumerate(sorted(members, key=lambda own: own.score or 0.0)):
-            across = x.at(own.parameters or 1) + (n - (len(members) - 1) / 2) * side
+            across = x.at(axis.of(own) or 0.0) + (n - (len(members) - 1) / 2) * side
             ends = [y.at(end) for end in _ends(own)]
             low, high = (ends[0], ends[1]) if ends else (None, None)
             found.append(_Dot(own, across, y.at(own.score or 0.0), low, high))
     return sorted(found, key=lambda dot: dot.own.place)
 
 
-def _axes(race: Race, x: _Scale, y: _Scale) -> list[str]:
+def _axes(race: Race, axis: Axis, x: _Scale, y: _Scale) -> list[str]:
     parts, up = [], y.ticks()
     for value, name in zip(up, tick_names(up), strict=True):
         at = y.at(value)
@@ -180,7 +202,7 @@ def _axes(race: Race, x: _Scale, y: _Scale) -> list[str]:
         )
     low = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{low}" y2="{low}"/>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">trained parameters</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{axis.name}</text>')
     if race.base is not None:
         at = y.at(race.base)
         parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -200,12 +222,12 @@ def _bar(dot: _Dot) -> str:
     return f'<line class="interval" x1="{dot.x:.1f}" x2="{dot.x:.1f}" y1="{dot.low:.1f}" y2="{dot.high:.1f}"/>'
 
 
-def _circle(race: Race, dot: _Dot, best: set[str]) -> str:
+def _circle(race: Race, axis: Axis, dot: _Dot, best: set[str]) -> str:
     kind = "won" if race.winner is not None and dot.own.name == race.winner.name else "dot"
     kind += " fronted" if dot.own.name in best else ""
     within = interval_text(dot.own.interval)
     said = f"{dot.own.name}: {race.metric} {score_text(dot.own.score)}{f' ({within})' if within else ''}"
-    said += f", {number(dot.own.parameters)} parameters"
+    said += f", {axis.words(dot.own)}"
     return f'<circle class="{kind}" cx="{dot.x:.1f}" cy="{dot.y:.1f}" r="4"><title>{escape(said)}</title></circle>'
 
 

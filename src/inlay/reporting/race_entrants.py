@@ -32,7 +32,8 @@ class Entrant:
 
     `settings` are the method's and the course's; `line` says them in few words, the learning rate with them. `score`
     and its `interval` are of the final rows, `choosing` and `first` of the choosing rows: the best, and the one at the
-    first rung. `base` and `winner` are the comparisons with those two on the final rows.
+    first rung. `token_ms` is what a decoded token takes more than with the base alone, milliseconds, with the middle
+    half of its pairs. `base` and `winner` are the comparisons with those two on the final rows.
     """
 
     place: int
@@ -55,6 +56,8 @@ class Entrant:
     parameters: int | None = None
     file_bytes: int | None = None
     added: tuple[int | None, int | None] = (None, None)
+    token_ms: float | None = None
+    token_quartiles: Any = None
     base: Comparison | None = None
     winner: Comparison | None = None
     metrics: Sequence[Mapping[str, Any]] = ()
@@ -67,7 +70,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Race:
-    """A race, ended or not. `rungs` are shares of a course."""
+    """A race, ended or not. `rungs` are shares of a course; `unmeasured` says why no token's time is known."""
 
     status: str
     metric: str
@@ -80,6 +83,8 @@ class Race:
     tokens: float | None = None
     whole_tokens: float | None = None
     seconds: float | None = None
+    base_token_ms: float | None = None
+    unmeasured: str = ""
 
     @property
     def live(self) -> bool:
@@ -109,6 +114,7 @@ def read_race(folder: Path, result: Mapping[str, Any], record: Mapping[str, Any]
         _number(record.get("choosing_rows") or (record.get("data") or {}).get("choosing_rows")),
         shares if sound else (), sum(spent) if spent else None,
         None if status in LIVE else _number(result.get("whole_tokens")), _number(result.get("seconds")),
+        _number(result.get("base_token_ms")), str(result.get("latency_unmeasured") or ""),
     )  # fmt: skip
 
 
@@ -141,7 +147,8 @@ class _Reader:
             _number(own.get("total_steps")), _latest(own, lines, "tokens", "tokens"),
             _number(own.get("trainable_parameters")), _number(own.get("file_bytes")),
             (_number(own.get("virtual_tokens")), _number(own.get("prefix_tokens"))),
-            _comparison(own.get("comparison")), against, lines, self.rows[name],
+            _number(own.get("token_ms")), own.get("token_ms_quartiles"), _comparison(own.get("comparison")), against,
+            lines, self.rows[name],
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from inlay.files import write_text
 
 from .naming import named
 from .race_advice import advice, apart, standing
-from .race_charts import curves, front, scatter
+from .race_charts import LATENCY, PARAMETERS, Axis, curves, front, scatter
 from .race_effects import Pair, effects, pairs
 from .race_entrants import Entrant, Race, read_race
 from .report import page_environment
@@ -29,6 +29,11 @@ __all__ = ["race_page", "write_race_page"]
 MB = 2**20
 PAIRS = 40
 """At most, in the table of pairs: each takes a bootstrap."""
+TITLES = {
+    PARAMETERS.name: ("trained parameters", "with as few parameters"),
+    LATENCY.name: ("latency a token", "in as little time a token"),
+}
+"""What the scores are drawn against, and what those on the front have at most."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,24 @@ class Row:
     parameters: str
     size: str
     added: str
+    latency: str
+    middle: str
     tokens: str
     steps: str
     base: tuple[str, str]
     winner: tuple[str, str]
     won: bool
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Scores against a cost: the picture, what the front's contenders have `as_little` of, and their names."""
+
+    title: str
+    svg: Markup
+    as_little: str
+    front: Sequence[str]
+    names: Sequence[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -83,8 +101,10 @@ def race_page(folder: Path, result: Mapping[str, Any] | None = None, command: Se
     context = {
         "title": _title(race, config), "subtitle": _subtitle(race, config), "race": race, "verdict": advice(race),
         "links": [] if race.live else _links(folder),
-        "notices": [*map(str, result.get("notices") or record.get("notices") or [])],
-        "scatter": Markup(scatter(race)), "front": [own.name for own in front(race)],
+        "notices": _notices(result, record),
+        "scatters": [found for axis in (PARAMETERS, LATENCY) if (found := _scatter(race, axis)) is not None],
+        "unmeasured": race.unmeasured, "base_token": _milliseconds(race.base_token_ms),
+        "timed": any(own.token_ms is not None for own in race.entrants),
         "charts": [(title, Markup(svg)) for title, svg in curves(race)],
         "rows": rows, "scored": any(own.score is not None for own in race.entrants),
         "base": score_text(race.base), "metric": race.metric.replace("_", " "),
@@ -92,7 +112,7 @@ def race_page(folder: Path, result: Mapping[str, Any] | None = None, command: Se
         "final": _counted(race.final_rows, "final row"), "choosing": _counted(race.choosing_rows, "choosing row"),
         "compared": any(own.base is not None or own.winner is not None for own in race.entrants),
         "comparisons": sum((own.base is not None) + (own.winner is not None) for own in race.entrants),
-        "effects": effects(race), "pairs": [_pair(pair) for pair in compared[:PAIRS]],
+        "effects": effects(race) if _any_scores(race) else [], "pairs": [_pair(pair) for pair in compared[:PAIRS]],
         "more_pairs": len(compared) > PAIRS, "rungs": _rungs(race), "facts": _facts(race, record),
         "command": [shlex.quote(part) for part in command], "next": _next(folder, race, config),
     }  # fmt: skip
@@ -126,11 +146,30 @@ def _links(folder: Path) -> list[tuple[str, str]]:
     return [(name, target) for name, target in names.items() if (folder / target).exists()]
 
 
+def _notices(result: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """What was said when the race was planned, so of contenders that were left out, and since."""
+    return [*map(str, [*(result.get("planned") or []), *(result.get("notices") or record.get("notices") or [])])]
+
+
+def _any_scores(race: Race) -> bool:
+    """Whether a contender has come to a rung, or to the end."""
+    return any(own.first is not None or own.score is not None for own in race.entrants)
+
+
 def _counted(count: float | None, noun: str) -> str:
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
 
 
 # ---- contenders
+
+
+def _scatter(race: Race, axis: Axis) -> Scatter | None:
+    """None where nothing can be drawn."""
+    if not (svg := scatter(race, axis)):
+        return None
+    title, as_little = TITLES[axis.name]
+    drawn = [(own.place, own.name) for own in race.entrants if own.score is not None and axis.of(own) is not None]
+    return Scatter(title, Markup(svg), as_little, [own.name for own in front(race, axis)], drawn)
 
 
 def _row(race: Race, own: Entrant) -> Row:
@@ -139,7 +178,8 @@ def _row(race: Race, own: Entrant) -> Row:
     return Row(
         own.place, own.name, f"{own.title} {own.line}".split(), own.state, score_text(own.score),
         interval_text(own.interval), score_text(own.choosing), number(own.parameters), _size(own.file_bytes),
-        _added(own), number(own.tokens), steps, _against(own.base), ("", "") if won else _against(own.winner), won,
+        _added(own), *_latency(own), number(own.tokens), steps, _against(own.base),
+        ("", "") if won else _against(own.winner), won,
     )  # fmt: skip
 
 
@@ -156,6 +196,18 @@ def _added(own: Entrant) -> str:
         return "–"
     parts = [number(virtual)] if virtual else []
     return " + ".join([*parts, f"{number(prefix)} keys"] if prefix else parts) or "0"
+
+
+def _latency(own: Entrant) -> tuple[str, str]:
+    """What a token takes more, and the middle half of the pairs."""
+    if own.token_ms is None:
+        return "–", ""
+    within = interval_text(own.token_quartiles)
+    return f"{own.token_ms:+.3g}".replace("-", "−"), within
+
+
+def _milliseconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g} ms"
 
 
 def _against(found: Comparison | None) -> tuple[str, str]:

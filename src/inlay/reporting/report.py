@@ -13,7 +13,7 @@ from markupsafe import Markup
 from inlay.files import write_text
 
 from .curves import charts_of, lengths_chart, read_metrics
-from .facts import cost_facts, data_facts
+from .facts import added_costs, cost_facts, data_facts
 from .naming import named
 from .rows import SHOWN, WHOLE, missed_rows
 from .scores import by_label, final_rows, memory_words, scores_of, verdict
@@ -57,6 +57,7 @@ def write_report(folder: Path, record: Mapping[str, Any], command: Sequence[str]
         "missed": missed,
         "orders": BY_CHANCE if missed is not None and missed.labelled else BY_LOSS,
         "facts": cost_facts(record),
+        "added": added_costs(record),
         "memory_words": memory_words(record),
         "data": data_facts(record),
         "lengths": Markup(lengths_chart(record)),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from inlay.bank.bank import Bank
+from inlay.bank.recompute import checkpointed_blocks
 from inlay.data.encode import Example
 from inlay.data.prepare import token_counts
 from inlay.runtime.forward import Segment
@@ -20,28 +22,31 @@ from inlay.training.learner import Learner
 __all__ = ["estimate_mb", "step_tokens"]
 
 KERNELS_MB = 150
-"""What compiled kernels of a CPU's matrix products take; in bfloat16 it is up to twice as much."""
+"""What compiled kernels of a CPU's matrix products take in float32; in bfloat16 about twice as much was seen."""
 LONGEST = 256
 """Tokens of the row that is tried."""
 
 
 def estimate_mb(
     bank: Bank, learners: Sequence[Learner], examples: Sequence[Example], budget: TokenBudget, task: Task = GENERATE,
-    processes: int = 1, scored: bool = False,
+    processes: int = 1, scored: bool = False, recompute: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """`estimate_mb` for steps as they will be, `least_mb` where each forward takes one row; cuts `budget` to it.
 
     One row runs forward for each learner, and what it holds for its backward is counted: the largest step saves that
     much a token, spread over `processes`. The adapters' own tensors (`_States`) come on top of the memory in use;
-    `scored` is whether the best weights so far are kept.
+    `scored` is whether the best weights so far are kept, `recompute` whether blocks are computed again in the backward.
+    Raises: UsageError where they are to be, and the base cannot.
     """
     sizes = token_counts(examples)
     longest = int(sizes.max())
     tried = examples[int(np.where(sizes <= LONGEST, sizes, 0).argmax())]
-    held = [_held(bank, learner, tried, task, budget.device) for learner in learners]
+    held = [_held(bank, learner, tried, task, budget.device, recompute) for learner in learners]
     a_token = max(own.saved for own in held) / len(tried.ids) / MB
-    states = _States.of(learners, scored, next(bank.model.parameters()).dtype)
-    fixed = current_memory_mb(budget.device) + (KERNELS_MB if budget.device.type == "cpu" else 0)
+    dtype = next(bank.model.parameters()).dtype
+    states = _States.of(learners, scored, dtype)
+    kernels = KERNELS_MB * (1 if dtype.itemsize >= 4 else 2)
+    fixed = current_memory_mb(budget.device) + (kernels if budget.device.type == "cpu" else 0)
     beside = sum(own.beside for own in held) / MB
     in_step = states.step + beside
     budget.fit(fixed + in_step, a_token, longest)
@@ -104,11 +109,22 @@ def _whole_step(learners: Sequence[Learner], sizes: np.ndarray, processes: int) 
     return -(-sum(int(ordered[-learner.plan.batch_size :].sum()) for learner in learners) // processes)
 
 
-def _held(bank: Bank, learner: Learner, example: Example, task: Task, device: torch.device) -> Held:
+def _held(
+    bank: Bank, learner: Learner, example: Example, task: Task, device: torch.device, recompute: bool = False
+) -> Held:
     """What a step on one example holds for its backward."""
     plan = learner.plan
     segment = Segment(plan.name, example, seed=plan.seed, step=0)
     constants = [value for part in learner.adapter.parts for value in part.constants.values()]
     known = [*bank.model.parameters(), *bank.model.buffers(), *learner.adapter.parameters(), *constants]
-    with torch.enable_grad():
-        return held_bytes(known, lambda: task.losses(bank, [segment])[0], device)
+
+    def look(inside: AbstractContextManager[None]) -> Held:
+        with inside, torch.enable_grad():
+            return held_bytes(known, lambda: task.losses(bank, [segment])[0], device)
+
+    whole = look(nullcontext())
+    if not recompute:
+        return whole
+    inputs = look(bank.recomputing())  # in the backward, one block after the other is there whole, with its gradients
+    block = max(0, whole.saved - inputs.saved) // max(1, checkpointed_blocks(bank.model))
+    return Held(min(whole.saved, inputs.saved + 2 * block), inputs.beside)

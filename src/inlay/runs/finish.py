@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +10,9 @@ from inlay.evaluation.score import score
 from inlay.files import finite, write_json, write_text
 from inlay.reporting.card import write_card
 from inlay.reporting.report import write_report
+from inlay.training.learner import Learner
 
+from .added_cost import added_cost
 from .command import command_of, command_parts
 from .context import Context
 from .outcome import Final, final_lines
@@ -19,13 +21,16 @@ from .record import Record
 from .samples import samples
 from .session import Session
 
-__all__ = ["finish"]
+__all__ = ["Measure", "finish"]
 
 SHOWN = 3
 """Final rows whose answers are written out in full."""
 
+Measure = Callable[[Context, Sequence[Progress]], Mapping[str, Any]]
+"""Measures the learners once all else is done; what it returns is kept in run.json."""
 
-def finish(context: Context, session: Session, record: Record) -> dict[str, Any]:
+
+def finish(context: Context, session: Session, record: Record, measure: Measure | None = None) -> dict[str, Any]:
     """Load the best weights into each adapter, save and score it, and write run.json; returns what is printed.
 
     Raises: OSError where the disk is full.
@@ -47,7 +52,11 @@ def finish(context: Context, session: Session, record: Record) -> dict[str, Any]
     shared = finite(record.shared_result())
     result = record.joined(shared, results)
     whole = record.joined(finite(record.shared(record.status())) | shared | {"result": result}, parts)
+    if not context.several and not session.learners[0].diverged:
+        whole["cost"] |= finite(_added(context, session.learners[0]))
     _write_pages(context, session, record, whole)
+    if measure is not None:
+        whole |= finite(dict(measure(context, [*session.progress.values()])))
     write_json(context.folder.record, whole)
     return result
 
@@ -83,6 +92,14 @@ def _write_pages(context: Context, session: Session, record: Record, whole: dict
         write_card(folder, alone, command_of(alone, portable=True))
     if not context.several:
         write_report(context.folder.path, whole, command_parts(whole))
+
+
+def _added(context: Context, learner: Learner) -> dict[str, Any]:
+    """What the tokens cost that an adapter adds to each row; nothing where it adds none."""
+    examples, recompute = context.prepared.examples, context.settings.gradient_checkpointing
+    with learner.averaged_weights():
+        found = added_cost(context.bank, learner, examples, context.budget, context.task, recompute)
+    return {} if found is None else {"added": found}
 
 
 def _why_diverged(context: Context, own: Progress) -> str:

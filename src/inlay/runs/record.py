@@ -31,10 +31,14 @@ Own = Mapping[str, Mapping[str, Any]]
 
 
 class Record:
-    """Describes a run; `estimate` is what was thought of its memory before the first step."""
+    """Describes a run; `estimate` is what was thought of its memory before the first step, `seconds` of its time (None
+    where nothing was)."""
 
-    def __init__(self, context: Context, session: Session, estimate: Mapping[str, float]) -> None:
+    def __init__(
+        self, context: Context, session: Session, estimate: Mapping[str, float], seconds: float | None = None
+    ) -> None:
         self.context, self.session, self.estimate = context, session, estimate
+        self.predicted = {"seconds": seconds, "memory_mb": estimate["estimate_mb"]}
 
     def joined(self, shared: Mapping[str, Any], own: Own) -> dict[str, Any]:
         """One object of the run's and the learners' parts."""
@@ -62,6 +66,7 @@ class Record:
             "template": context.encoder.template.to_dict(),
             "max_length": context.max_length,
             "memory": self._memory(),
+            "predicted": self.predicted,
             "notices": [*context.notices, *self.session.notices],
             "versions": {**versions, "transformers": version("transformers")},
             "base_fingerprint": context.base.fingerprint,
@@ -109,6 +114,7 @@ class Record:
         result = {
             "evaluation_seconds": session.evaluating,
             "peak_memory_mb": peak_memory_mb(),
+            "predicted": self.predicted,
             "processes": context.shares.size,
             "metric": context.metric,
             "choosing_rows": len(context.choosing),

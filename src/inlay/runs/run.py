@@ -26,10 +26,11 @@ from inlay.training.plan import Plan
 from .context import Context, OnMessage
 from .dataset import Dataset, load_dataset
 from .estimate import estimate_mb
-from .finish import finish
+from .finish import Measure, finish
 from .folder import RunFolder
 from .libraries import check_libraries
 from .planning import Opened, Planner, recorded_plans
+from .predicting import course_seconds
 from .processes import memory_limit, own_device
 from .progress import Due
 from .record import Record
@@ -56,17 +57,17 @@ OnProgress = Callable[[int, int], None]
 def run(
     settings: Settings, on_step: OnStep | None = None, on_message: OnMessage | None = None,
     on_progress: OnProgress | None = None, plans: Sequence[Plan] | Planner | None = None,
-    select: Select | None = None, due: Due | None = None,
+    select: Select | None = None, due: Due | None = None, measure: Measure | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one adapter, or one for each of `plans`, and return what `train --json` prints; the rest is in the folder
     `settings.out` (`RunFolder`).
 
     `plans` train together on the same rows in place of the settings' method and course; a planner makes them when base
     and rows are there. `select` says which of them stop and start between steps, `due` after which step one is scored
-    (where it is None, the settings do). `on_step` sees each learner after each of its steps, `on_message` (stderr where
-    it is None) gets lines for people, `on_progress` the rows prepared and of how many (`on_message` now and then where
-    it is None). In the processes that torchrun has started, the first one is the run and the others take shares of its
-    steps; all return the same.
+    (where it is None, the settings do), and `measure` sees them when all else is done. `on_step` sees each learner
+    after each of its steps, `on_message` (stderr where it is None) gets lines for people, `on_progress` the rows that
+    are ready and of how many (`on_message` now and then where it is None). In the processes that torchrun has started,
+    the first one is the run and the others take shares of its steps; all return the same.
 
     Raises: UsageError, DataError or FormatError before any training where settings, data or base are wrong, and then
     leaves no folder; InlayError where the disk is full, or another process has failed; KeyboardInterrupt where the run
@@ -74,12 +75,12 @@ def run(
     """
     on_message = on_message or (lambda line: print(line, file=sys.stderr, flush=True))
     told = on_message, on_progress or _Slow(on_message)
-    return together(lambda shares: _run(settings, plans, select, due, on_step, *told, shares))
+    return together(lambda shares: _run(settings, plans, select, due, measure, on_step, *told, shares))
 
 
 def _run(
     settings: Settings, plans: Sequence[Plan] | Planner | None, select: Select | None, due: Due | None,
-    on_step: OnStep | None, on_message: OnMessage, on_progress: OnProgress, shares: Shares,
+    measure: Measure | None, on_step: OnStep | None, on_message: OnMessage, on_progress: OnProgress, shares: Shares,
 ) -> dict[str, Any]:  # fmt: skip
     """The run, in its first process."""
     folder = RunFolder(settings.out)
@@ -93,7 +94,7 @@ def _run(
         tracker = Tracker(settings.track, folder.path / "track", dataclasses.asdict(settings))
         try:
             session = Session(context, tracker, select, due)
-            return _trained(context, session, start, on_step)
+            return _trained(context, session, start, on_step, measure)
         finally:
             tracker.close()
 
@@ -195,7 +196,9 @@ def _plans(settings: Settings, plans: Sequence[Plan] | None, source: Path | None
     return list(plans)
 
 
-def _trained(context: Context, session: Session, start: Start, on_step: OnStep | None) -> dict[str, Any]:
+def _trained(
+    context: Context, session: Session, start: Start, on_step: OnStep | None, measure: Measure | None
+) -> dict[str, Any]:
     """Train to the end and finish. Raises: as `run`."""
     folder = context.folder
     if not (context.settings.resume and session.resume(start.extends)):
@@ -206,23 +209,37 @@ def _trained(context: Context, session: Session, start: Start, on_step: OnStep |
         session.start()
     bank, examples, processes = context.bank, context.prepared.examples, context.shares.size
     scored = bool(len(context.choosing))
-    estimate = estimate_mb(bank, session.learners, examples, context.budget, context.task, processes, scored)
+    recompute = context.settings.gradient_checkpointing
+    estimate = estimate_mb(bank, session.learners, examples, context.budget, context.task, processes, scored, recompute)
     _check_limit(context.budget, estimate["least_mb"])
     each = f" in each of the {processes} processes" if processes > 1 else ""
     context.on_message(f"about {estimate['estimate_mb']:,.0f} MB of memory will be needed{each}")
-    record = Record(context, session, estimate)
+    record = Record(context, session, estimate, _seconds(context, session, start))
     with folder.must_write("nothing is trained yet"):
         write_json(folder.record, finite(record.run_record("running")))
     session.train(on_step)
     files = session.checkpoints.files()
     with folder.must_write(f"the checkpoint {files[-1].name} is kept" if files else "no checkpoint could be kept"):
         if not session.interrupted:
-            return finish(context, session, record)
+            return finish(context, session, record, measure)
         for name, own in session.progress.items():
             with own.learner.averaged_weights():
                 context.save(name, folder.last(name))
         write_json(folder.record, finite(record.run_record("interrupted")))
     raise KeyboardInterrupt(f"stopped after step {session.step}; --resume goes on from there")
+
+
+def _seconds(context: Context, session: Session, start: Start) -> float | None:
+    """How long the run will take, as far as that is known before its first step; said to people."""
+    if session.step or context.several or context.shares.size > 1:
+        return None if start.extends else (start.record.get("predicted") or {}).get("seconds")
+    bank, examples, (learner,) = context.bank, context.prepared.examples, session.learners
+    recompute = context.settings.gradient_checkpointing
+    found = course_seconds(bank, learner, examples, context.budget, context.task, recompute)
+    if found is None:
+        return None
+    context.on_message(f"about {found:,.0f} s of training, scoring left out")
+    return found + session.seconds
 
 
 def _check_limit(budget: TokenBudget, least_mb: float) -> None:

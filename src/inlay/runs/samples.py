@@ -11,9 +11,12 @@ from inlay.bank.bank import Bank
 from inlay.data.encode import Encoder
 from inlay.data.table import Row
 from inlay.data.targets import HeadEncoder, Targeted
-from inlay.errors import DroppedRow
+from inlay.errors import DroppedRow, InlayError
 from inlay.evaluation.head_predict import predicted_by_head
+from inlay.runtime.generating import generate
 from inlay.runtime.memory import TokenBudget
+from inlay.runtime.requests import Request
+from inlay.runtime.sampling import Sampling
 
 __all__ = ["samples"]
 
@@ -40,14 +43,14 @@ def samples(
         new = min(new, limit // 2)
         fits = min(encoder.max_length, limit - new)
         asking = Encoder(encoder.tokenizer, encoder.template, fits, encoder.place, None, encoder.table_size)
+    asked = [one for row in rows if (one := _asked(encoder, asking, row)) is not None]
     try:
-        found = [_sample(bank, name, encoder, asking, row, new) for row in rows]
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return _written(bank, name, encoder.tokenizer, asked, new)
+    except (InlayError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         # a base that scores but cannot generate is still of use
         why = (str(error) or type(error).__name__).splitlines()[0]
         on_message(f"no samples: this base cannot generate here ({why})")
         return []
-    return [one for one in found if one is not None]
 
 
 def _said(bank: Bank, name: str, encoder: HeadEncoder, rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -61,25 +64,36 @@ def _said(bank: Bank, name: str, encoder: HeadEncoder, rows: Sequence[Row]) -> l
     return found
 
 
-def _sample(bank: Bank, name: str, encoder: Encoder, asking: Encoder, row: Row, new: int) -> dict[str, str] | None:
-    model: Any = bank.model
-    tokenizer = encoder.tokenizer
+Asked = tuple[Sequence[int], int, Sequence[int]]
+"""A prompt's ids, the place of virtual tokens among them, and the answer's ids."""
+
+
+def _asked(encoder: Encoder, asking: Encoder, row: Row) -> Asked | None:
     try:
-        asked, place = asking.prompt(row)
+        prompt, place = asking.prompt(row)
         example = encoder.example(row)
     except DroppedRow:
         return None
-    ids = torch.tensor([asked, asked], device=model.device)
     answer = [token for token, bears in zip(example.ids, example.loss_mask, strict=True) if bears]
-    with bank.route([None, name], places=[0, place]):
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id,
-            max_new_tokens=new, do_sample=False,
-        )  # fmt: skip
-    start = 0 if model.config.is_encoder_decoder else len(asked)
-    base, adapter = (tokenizer.decode(row[start:], skip_special_tokens=True).strip() for row in out)
-    prompt = tokenizer.decode(asked, skip_special_tokens=True)
-    return {
-        "prompt": prompt, "answer": tokenizer.decode(answer, skip_special_tokens=True).strip(), "base": base,
-        "adapter": adapter,
-    }  # fmt: skip
+    return prompt, place, answer
+
+
+def _written(bank: Bank, name: str, tokenizer: Any, asked: Sequence[Asked], new: int) -> list[dict[str, str]]:
+    """What base and adapter write, all at once."""
+    sampling = Sampling(max_new_tokens=new)
+    requests = [
+        Request(route, prompt, sampling, at) for prompt, place, _ in asked for route, at in ((None, 0), (name, place))
+    ]  # fmt: skip
+    written: list[list[int]] = [[] for _ in requests]
+    for token in generate(bank, requests):
+        if token.error is not None:
+            raise token.error
+        written[token.request].append(token.id)
+    words = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+    return [
+        {
+            "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+            "answer": tokenizer.decode(answer, skip_special_tokens=True).strip(), "base": base, "adapter": adapter,
+        }
+        for (prompt, _, answer), base, adapter in zip(asked, words[::2], words[1::2], strict=True)
+    ]  # fmt: skip

@@ -1,0 +1,56 @@
+"""Rows that go on from a store of keys and values: which adapters they keep, and the route that their steps share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from inlay.batch.paged import Going
+from inlay.batch.route import Blend, Route, RowSpec
+
+from .lookup import Lookup
+
+__all__ = ["Flight", "Goes"]
+
+
+class Flight:
+    """Segments that go on together; their route may be opened for one step after the other, so that what it found out
+    at the first is known at the next."""
+
+    def __init__(self, lookup: Lookup, route: Route) -> None:
+        self._lookup, self.route = lookup, route
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        with self._lookup.routing.open(self.route):
+            yield
+
+
+class Goes:
+    """The part of a bank that lets rows go on."""
+
+    _lookup: Lookup
+
+    def _checked(self, row: RowSpec) -> Blend:
+        raise NotImplementedError
+
+    def going_on(self, rows: Sequence[RowSpec], lengths: Sequence[int], heads: Sequence[int], going: Going) -> Flight:
+        """A stream of segments of `lengths` new tokens whose rows go on from a store, `heads` of each of which go on to
+        the head; for bases that keep packed segments apart."""
+        blends = [self._checked(row) for row in rows]
+        return Flight(self._lookup, Route(blends, [*lengths], [*heads], going=going))
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether rows give the same behind padding: found out by comparing two tiny ones."""
+        return self._lookup.takes_padding(False)
+
+    def take_off(self, row: RowSpec) -> Blend:
+        """Say that a row is in flight: its adapters cannot be removed until it has landed."""
+        blend = self._checked(row)
+        self._lookup.routing.in_flight.update(name for name, _ in blend)
+        return blend
+
+    def land(self, blend: Blend) -> None:
+        """The inverse of `take_off`."""
+        self._lookup.routing.in_flight.subtract(name for name, _ in blend)

@@ -1,0 +1,227 @@
+"""The decoder against the base's own `generate` with one adapter alone: the same tokens, whatever rows share a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import inlay
+from inlay.errors import UsageError
+from inlay.runtime.decode import Decoder, token_bytes
+from inlay.runtime.generating import Session, generate
+from inlay.runtime.requests import Request
+from inlay.runtime.sampling import Sampling
+from test_laws import bank_of
+from zoo import make
+
+BASES = ("llama", "qwen3", "gemma3", "gpt2", "qwen3_moe", "mistral", "phi3")
+NEW = 9
+
+
+@pytest.fixture(scope="module", params=BASES)
+def bank(request):
+    return bank_of(request.param)
+
+
+def prompts_for(rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(len(rows)):
+        ids = torch.randint(6, 48, (4 + 5 * number % 17,), generator=generator).tolist()
+        found.append([*ids[:-2], 5, *ids[-2:]])  # 5 invokes aLoRA
+    return found
+
+
+def alone(bank, row, ids, place=0, new=NEW):
+    given = torch.tensor([ids])
+    with torch.no_grad(), bank.route([row], places=[place]):
+        out = bank.model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=new, min_new_tokens=new,
+            do_sample=False, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+    return out[0, 1 if bank.model.config.is_encoder_decoder else len(ids) :].tolist()
+
+
+def written(decoder, later=()):
+    """Greedy tokens of all rows; `later` are added one a step."""
+    later, rows = list(later), [*decoder.waiting]
+    while decoder.rows or decoder.waiting or later:
+        if later:
+            rows.append(decoder.add(*later.pop(0)))
+        ready, logits = decoder.step()
+        for row, own in zip(ready, [] if logits is None else logits, strict=True):
+            decoder.write(row, int(own.argmax()))
+            if len(row.written) == NEW:
+                decoder.end(row)
+    assert decoder.store.pages.free == decoder.store.pages.blocks
+    return [row.written for row in rows]
+
+
+def everyone(bank):
+    names = list(bank.adapters)
+    mixed = [["small", "dora"], {"small": 0.5, "ia3": 2.0}]
+    return [None, *names, *mixed]
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_mixed_rows_write_what_each_writes_alone(bank, chunk):
+    rows = everyone(bank)
+    prompts = prompts_for(rows)
+    decoder = Decoder(bank, 2**24, chunk)
+    for row, ids in zip(rows, prompts, strict=True):
+        decoder.add(row, ids, NEW)
+    for row, ids, own in zip(rows, prompts, written(decoder), strict=True):
+        assert own == alone(bank, row, ids), row
+
+
+def greedy(bank, requests, **settings):
+    """What `generate` writes: the ids of each answer of each request."""
+    found = {}
+    for token in generate(bank, requests, **settings):
+        assert token.error is None
+        found.setdefault((token.request, token.answer), []).append(token.id)
+    return found
+
+
+def asked(row, ids, **settings):
+    return Request(row, ids, Sampling(max_new_tokens=NEW, ignore_eos=True, **settings))
+
+
+def test_rows_that_come_later_and_virtual_tokens_in_places(bank):
+    rows = ["prompt", None, "small", "prompt", "mlp", "short"]
+    prompts, places = prompts_for(rows, 1), [3, 0, 0, 6, 2, 0]
+    decoder = Decoder(bank, 2**24, 4)
+    added = [(row, ids, NEW, place) for row, ids, place in zip(rows, prompts, places, strict=True)]
+    for (row, ids, _, place), own in zip(added, written(decoder, added), strict=True):
+        assert own == alone(bank, row, ids, place)
+
+
+def test_a_small_store_sends_rows_back_and_they_write_the_same(bank):
+    rows = ["small", None, "long", "alora", "prompt", "small"]
+    prompts = prompts_for(rows, 2)
+    decoder = Decoder(bank, 4 * 32 * token_bytes(bank), 8)
+    sent = []
+    send = decoder._send_back
+    decoder._send_back = lambda row: (sent.append(row), send(row))
+    for row, ids in zip(rows, prompts, strict=True):
+        decoder.add(row, ids, 30)
+    while decoder.rows or decoder.waiting:
+        ready, logits = decoder.step()
+        for row, own in zip(ready, [] if logits is None else logits, strict=True):
+            decoder.write(row, int(own.argmax()))
+            if len(row.written) == 30:
+                assert row.written == alone(bank, row.route, row.ids[: row.past.prompt], new=30)
+                decoder.end(row)
+    assert sent and decoder.store.pages.free == 4
+
+
+def test_a_common_beginning_is_read_once(bank):
+    generator = torch.Generator().manual_seed(5)
+    common = torch.randint(6, 48, (40,), generator=generator).tolist()
+    for row in (None, "small", "prompt"):
+        prompts = [[*common, 7], [*common, 9, 8], [*common[:20], 11]]
+        session = Session(bank, store=2**24)
+        seen = {}
+        for number, ids in enumerate(prompts):
+            session.add(number, asked(row, ids))
+            while session.busy:
+                for token in session.step():
+                    seen.setdefault(number, []).append(token)
+        assert [tokens[0].cached > 0 for tokens in seen.values()] == [False, True, False]
+        for number, ids in enumerate(prompts):
+            assert [token.id for token in seen[number]] == alone(bank, row, ids)
+
+
+def test_rows_of_other_adapters_or_scopes_share_nothing(bank):
+    common = [*range(6, 46)]
+    session = Session(bank, store=2**24)
+    cases = [
+        ("small", "a"),
+        ("dora", "a"),
+        ("small", "b"),
+        (None, "a"),
+        ("small", "a"),
+        ("gated_lora", ""),
+        ("loreft", ""),
+    ]
+    cached = []
+    for number, (row, scope) in enumerate(cases):
+        if row in (None, *bank.adapters):
+            session.add(number, Request(row, [*common, 5], Sampling(max_new_tokens=2), scope=scope))
+            cached.append(next(iter(session.step())).cached)
+            while session.busy:
+                session.step()
+    assert [n > 0 for n in cached] == [False, False, False, False, True, *[False] * (len(cached) - 5)]
+
+
+def test_several_answers_share_their_prompt(bank):
+    (ids,) = prompts_for(["small"], 3)
+    request = asked("small", ids, n=3, seed=4, temperature=1.0)
+    together = greedy(bank, [request, asked(None, ids)])
+    assert together[1, 0] == alone(bank, None, ids)
+    assert len({tuple(together[0, n]) for n in range(3)}) > 1
+    assert greedy(bank, [asked("ia3", ids), request])[1, 1] == together[0, 1]
+
+
+def test_a_sick_neighbour_ends_alone(bank):
+    adapter = bank.adapters["lora_bias"]
+    before = [p.detach().clone() for p in adapter.parameters()]
+    rows = ["lora_bias", "small", None]
+    prompts = prompts_for(rows, 6)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.fill_(float("nan"))
+    try:
+        found = {}
+        for token in generate(bank, [asked(r, ids) for r, ids in zip(rows, prompts, strict=True)]):
+            found.setdefault(token.request, []).append(token)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(adapter.parameters(), before, strict=True):
+                parameter.copy_(value)
+    assert [token.finish_reason for token in found[0]] == ["error"]
+    assert "NaN" in str(found[0][0].error)
+    for number in (1, 2):
+        assert [token.id for token in found[number]] == alone(bank, rows[number], prompts[number])
+
+
+def test_adapters_of_rows_in_flight_stay(bank):
+    session = Session(bank)
+    session.add(0, asked("small", [6, 7, 8]))
+    session.step()
+    with pytest.raises(UsageError, match="1 row in flight"):
+        bank.remove("small")
+    session.cancel(0)
+    assert not session.busy and not any(bank._lookup.routing.in_flight.values())
+
+
+def test_what_cannot_fit_is_refused_before_it_begins(bank):
+    with pytest.raises(UsageError, match="64 positions"):
+        list(generate(bank, [asked(None, [6] * 60)]))
+    with pytest.raises(UsageError, match="does not fit into a key-value store of 32"):
+        list(generate(bank, [asked(None, [6] * 40)], store=32 * token_bytes(bank)))
+    with pytest.raises(UsageError, match="no block"):
+        Decoder(bank, 10)
+    with pytest.raises(UsageError, match="no tokens"):
+        list(generate(bank, [asked(None, [])]))
+    assert not any(bank._lookup.routing.in_flight.values())
+
+
+@pytest.mark.parametrize("name", ["bloom", "mamba", "t5", "jamba", "deepseek_v3"])
+def test_other_bases_write_as_generate_does(name):
+    bank = inlay.attach(make(name))
+    for seed, (own, method) in enumerate(
+        {"lora": inlay.LoRA(r=2), "ia3": inlay.IA3(), "dora": inlay.DoRA(r=2)}.items()
+    ):
+        bank.add(own, method, seed=seed)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    rows = [None, "lora", "ia3", "dora"]
+    prompts = prompts_for(rows, 7)
+    said = []
+    found = greedy(bank, [asked(r, ids) for r, ids in zip(rows, prompts, strict=True)], on_message=said.append)
+    assert bool(said) == (name != "deepseek_v3")
+    for number, (row, ids) in enumerate(zip(rows, prompts, strict=True)):
+        assert found[number, 0] == alone(bank, row, ids)
