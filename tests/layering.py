@@ -20,7 +20,7 @@ __all__ = ["MODULE_LINES", "RANKS", "Tree", "circles", "faults", "long_functions
 RANKS = [
     {"errors"}, {"files"}, {"values"}, {"sites"}, {"kernels"}, {"methods"}, {"batch"}, {"formats"}, {"bases"}, {"bank"},
     {"data"}, {"runtime"}, {"evaluation", "training"}, {"reporting"}, {"runs"},
-    {"inspection", "integrations", "merging", "planning", "race"}, {"cli"},
+    {"inspection", "integrations", "merging", "planning", "race", "serve"}, {"cli"},
 ]  # fmt: skip
 """Lowest first. A package imports from lower ranks alone, not from those of its own rank."""
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

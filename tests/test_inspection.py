@@ -566,7 +566,7 @@ def test_tokens_mean_words_or_noise():
     assert noise["moved"].then
     tokens = [{"share": 0.1}] * 4
     lone = [{"share": 0.25}, *[{"share": 0.01}] * 3]
-    assert "; 0 alone gets 25%" in about_attention({"tokens": lone, "all": 0.28, "even": 0.05}).words
+    assert "; number 0 alone gets 25%" in about_attention({"tokens": lone, "all": 0.28, "even": 0.05}).words
     assert "alone" not in about_attention({"tokens": tokens, "all": 0.4, "even": 0.1}).words
     assert "hardly looked at" in about_attention({"tokens": tokens, "all": 0.01, "even": 0.05}).words
     assert "hardly sees its own" in about_attention({"tokens": tokens, "all": 0.9, "even": 0.05}).words

@@ -36,6 +36,7 @@ from .lookup import Lookup
 from .merging import merged_parameters
 from .packing import isolates_segments, probes
 from .plain import mark_attached, not_compiled, peft_task, plain_model, unmark_attached
+from .quick import Quick
 from .recompute import recomputing, unbind_checkpoints
 from .routing import Opened
 from .starting import Rows
@@ -71,7 +72,7 @@ class Bank(Combines, Goes):
         _ = self.fingerprint  # so that the first adapter loads as fast as the next
         self._unchanged = Unchanged(model)
         self._lookup = Lookup(self.adapters, *probes(self.base, self.alone))
-        self._fusing = Fusing(model, self.alone)
+        self._fusing, self._quick = Fusing(model, self.alone), Quick(model)
         self._sites = SiteHooks(self.base, self._lookup)
         self._entering = Entering(self.base, backbones, self._lookup, self._fusing.install, self._unchanged.check)
         try:
@@ -282,7 +283,7 @@ class Bank(Combines, Goes):
 
     def detach(self) -> None:
         """Take every hook off and give the base back as it was."""
-        for placed in (self._sites, self._entering, self._fusing):
+        for placed in (self._sites, self._quick, self._fusing, self._entering):
             placed.remove()
         unbind_checkpoints(self.model)
         unwatch(self.model)

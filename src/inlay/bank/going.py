@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from inlay.batch.paged import Going
 from inlay.batch.route import Blend, Route, RowSpec
 
 from .lookup import Lookup
+from .quick import Quick
 
 __all__ = ["Flight", "Goes"]
 
@@ -22,6 +23,7 @@ class Flight:
 
     @contextmanager
     def step(self) -> Iterator[None]:
+        """Run what is inside as a step."""
         with self._lookup.routing.open(self.route):
             yield
 
@@ -30,6 +32,10 @@ class Goes:
     """The part of a bank that lets rows go on."""
 
     _lookup: Lookup
+    _quick: Quick
+
+    def alone(self, lengths: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        raise NotImplementedError
 
     def _checked(self, row: RowSpec) -> Blend:
         raise NotImplementedError
@@ -45,6 +51,12 @@ class Goes:
         """Whether rows give the same behind padding: found out by comparing two tiny ones."""
         return self._lookup.takes_padding(False)
 
+    def quicken(self, copies: bool) -> None:
+        """Let rows that go on by a token each take quicker ways through linear layers and norms; with `copies` linear
+        layers hold their transpose beside them, which takes as much memory as the base."""
+        with self.alone():
+            self._quick.install(copies)
+
     def take_off(self, row: RowSpec) -> Blend:
         """Say that a row is in flight: its adapters cannot be removed until it has landed."""
         blend = self._checked(row)
@@ -54,3 +66,7 @@ class Goes:
     def land(self, blend: Blend) -> None:
         """The inverse of `take_off`."""
         self._lookup.routing.in_flight.subtract(name for name, _ in blend)
+
+    def rows_in_flight(self, name: str) -> int:
+        """How many rows that have taken off with an adapter have not landed."""
+        return self._lookup.routing.in_flight[name]

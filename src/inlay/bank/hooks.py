@@ -65,8 +65,9 @@ def strip(model: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for hook in [hook for hook in hooks.values() if isinstance(hook, Hook)]:
                 hook.remove()
-        for standin in [value for value in vars(module).values() if isinstance(value, StandIn)]:
-            standin.remove()
+        while standins := [value for value in vars(module).values() if isinstance(value, StandIn)]:
+            for standin in standins:  # one may stand over another
+                standin.remove()
 
 
 def _nothing(*args: Any) -> None:

@@ -17,6 +17,7 @@ EXTRAS = {
     "track": "--track tensorboard",
     "race": "--space race.yaml that is sampled",
     "live": "race --open",
+    "serve": "serve",
 }
 """What each extra of the package is for."""
 

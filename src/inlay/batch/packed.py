@@ -86,7 +86,7 @@ class PackedLayout(Layout):
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
         ids = given.get("input_ids")
-        tokens = int(self._real.sum())
+        tokens = sum(self.lengths) - sum(self.virtual)
         if ids is None or ids.shape != (1, tokens):
             raise UsageError(f"the stream's segments hold {tokens} tokens", "Give input_ids of shape (1, tokens).")
         device = ids.device

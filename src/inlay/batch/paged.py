@@ -111,14 +111,14 @@ class PastLayout(PackedLayout):
         for past, prefix, fresh in zip(pasts, self.prefixes.lengths, self.fresh, strict=True):
             if fresh:
                 past.prefix = prefix
-        spots = [_spots(past, past.keys, length) for past, length in zip(pasts, self.lengths, strict=True)]
+        places = [_spots(past, past.keys, length) for past, length in zip(pasts, self.lengths, strict=True)]
         stored = Stored(store, pasts[n:], device) if n < len(pasts) else None
         runs = None if stored is None else Runs(self.lengths[n:], stored, device)  # pyright: ignore
         fresh = [unit for unit, new in enumerate(self.fresh) if new and self.prefixes.lengths[unit]]
         ahead = [_spots(pasts[unit], 0, self.prefixes.lengths[unit]) for unit in fresh]
         self._laid = _Laid(
-            Writing(torch.cat(spots).to(device)), Singles(store, pasts[:n], device) if n else None, stored, runs, fresh,
-            Writing(torch.cat(ahead).to(device)) if ahead else None,
+            Writing(torch.cat(places).to(device)), Singles(store, pasts[:n], device) if n else None, stored, runs,
+            fresh, Writing(torch.cat(ahead).to(device)) if ahead else None,
         )  # fmt: skip
         return self._laid
 

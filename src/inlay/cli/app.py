@@ -26,6 +26,7 @@ from . import (
     preview,
     pull,
     race,
+    serve,
     train,
 )
 from .common import fail, quiet_unless_first
@@ -88,6 +89,7 @@ app.command("predict")(predict.command)
 app.command("inspect")(inspect.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
+app.command("serve")(serve.command)
 app.command("merge")(merge.command)
 app.command("combine")(combine.command)
 app.command("convert")(convert.command)

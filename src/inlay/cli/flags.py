@@ -126,8 +126,8 @@ JSON = inspect.Parameter("json", KEYWORD, default=False, annotation=Json)
 
 
 def _panel(field: Field) -> int:
-    """`--help` goes from what a newcomer needs to what one looks up."""
-    return PANELS.index(field.help.panel)
+    """`--help` goes from what a newcomer needs to what one looks up, and to what one command has alone."""
+    return PANELS.index(field.help.panel) if field.help.panel in PANELS else len(PANELS)
 
 
 def _parameter(field: Field) -> inspect.Parameter:

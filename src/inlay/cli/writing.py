@@ -17,9 +17,8 @@ from .opening import open_bank
 
 if TYPE_CHECKING:
     from inlay.data.prompting import Prompting
-    from inlay.data.template import Template
 
-__all__ = ["Sampling", "Writer", "open_writer", "prompt_row"]
+__all__ = ["Sampling", "Writer", "open_writer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +63,8 @@ class Writer:
 
     def prompt(self, words: str) -> tuple[list[int], int]:
         """The tokens of a prompt inside the template, and the place of virtual tokens among them."""
+        from inlay.data.prompting import prompt_row
+
         template = self.encoder.template
         opening = [("system", self.system)] if self.system else []
         if template.kind == "messages":
@@ -145,19 +146,6 @@ def _ended(ids: list[int], pad: int | None, end: int | None) -> list[int]:
     while len(ids) > 1 and ids[-1] == pad and (pad != end or ids[-2] == pad):
         ids.pop()
     return ids
-
-
-def prompt_row(template: Template, words: str) -> Any:
-    """A row whose first column in the template's prompt holds `words`; the rest are empty."""
-    from inlay.data.fields import names_in
-    from inlay.data.rows import Row
-
-    if template.kind == "text":
-        return Row({template.answer: words}, 0, "--prompt", 1)
-    names = list(names_in(template.prompt))
-    names.sort(key=lambda name: template.prompt.index("{" + name + "}"))
-    values: dict[str, Any] = {name: "" for name in names} | ({names[0]: words} if names else {})
-    return Row(values, 0, "--prompt", 1)
 
 
 def open_writer(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from inlay.errors import DataError, FormatError, InlayError, UsageError
 from inlay.formats.notes import NOTES, read_notes
@@ -13,10 +14,11 @@ from inlay.formats.notes import NOTES, read_notes
 from .choose import Columns, check_columns, check_names, choose_template
 from .fields import names_in, parsed
 from .places import PLACES
+from .rows import Row
 from .table import Table
 from .template import Template
 
-__all__ = ["Prompting", "adapted_template", "prompting_for", "prompting_of"]
+__all__ = ["Prompting", "adapted_template", "prompt_row", "prompting_for", "prompting_of"]
 
 Verbalizer = Mapping[str, Sequence[str]] | None
 
@@ -80,6 +82,15 @@ def prompting_for(
         remedy = f"{error.remedy} Say which: --columns {words}=NAME" + (f",{answers}=NAME." if answered else ".")
         raise DataError(error.what, remedy) from None
     return found
+
+
+def prompt_row(template: Template, words: str, where: str = "--prompt") -> Row:
+    """A row whose first column in the template's prompt holds `words`; the rest are empty. Errors call it `where`."""
+    if template.kind == "text":
+        return Row({template.answer: words}, 0, where, 1)
+    names = sorted(names_in(template.prompt), key=lambda name: template.prompt.index("{" + name + "}"))
+    values: dict[str, Any] = {name: "" for name in names} | ({names[0]: words} if names else {})
+    return Row(values, 0, where, 1)
 
 
 def adapted_template(

@@ -50,7 +50,7 @@ def _meaning(look: Mapping[str, Any]) -> Finding:
         return Finding("words", f"{told} their nearest words.", noise=True)
     best = max(near, key=lambda token: token["z"])
     word = best["nearest"][0]
-    told = f"{len(near)} of {len(tokens)} {thing} are nearer to a word than chance, {best['index']} most:"
+    told = f"{len(near)} of {len(tokens)} {thing} are nearer to a word than chance, number {best['index']} most:"
     told += f" {word['word']!r} (cosine {word['cosine']:.2f}, z {best['z']:.1f})"
     began, chance = sum(token.get("began") == token["nearest"][0]["id"] for token in near), CHANCE * len(tokens)
     told += f"; by chance about {chance:.1f} would be" if len(near) < len(tokens) else ""
@@ -103,7 +103,7 @@ def about_attention(told: Mapping[str, Any]) -> Finding:
     first = max(range(count), key=lambda n: told["tokens"][n]["share"])
     alone = told["tokens"][first]["share"]
     if count > 2 and alone > share / 2 and alone > 2 * told["even"]:
-        words += f"; {first} alone gets {alone:.0%}, as the first token of a text does"
+        words += f"; number {first} alone gets {alone:.0%}, as the first token of a text does"
     if share < even / 4:
         return Finding("attention", f"{words}: they are hardly looked at.", "A higher rate, or another start (init).")
     if share > max(0.8, 1.5 * even):

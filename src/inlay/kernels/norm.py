@@ -16,12 +16,12 @@ from torch.autograd.function import once_differentiable
 
 from .recomputed import Recomputed
 
-__all__ = ["fused_norm"]
+__all__ = ["epsilon", "fused_norm"]
 
 
 def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """A forward for `module` if it looks like an RMSNorm: one weight (width,), an epsilon, and nothing else."""
-    weight, eps = getattr(module, "weight", None), _epsilon(module)
+    weight, eps = getattr(module, "weight", None), epsilon(module)
     own = [*module.parameters(), *module.buffers(), *module.children()]
     if eps is None or len(own) != 1 or not isinstance(weight, Tensor) or weight.ndim != 1:
         return None
@@ -37,7 +37,8 @@ def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return forward
 
 
-def _epsilon(module: nn.Module) -> float | None:
+def epsilon(module: nn.Module) -> float | None:
+    """What a norm adds under its root; None where no attribute says."""
     found = (getattr(module, name, None) for name in ("variance_epsilon", "eps"))
     return next((value for value in found if isinstance(value, float)), None)
 

@@ -13,7 +13,7 @@ import torch
 
 from inlay.data.encode import Example
 from inlay.data.typical import typical_rows
-from inlay.sites.positions import positions_of
+from inlay.runtime.latency import token_times
 from inlay.training.learner import Learner
 from inlay.training.loop import train_steps
 
@@ -26,8 +26,6 @@ REPEATS = 2
 """Steps that are timed behind one that is not."""
 NEW = 8
 """Tokens of an answer."""
-MANY = 2**20
-"""Positions of a base that bounds none."""
 SMALL, LARGE = 128, 512
 """Tokens of the two steps that the base is measured by."""
 
@@ -99,24 +97,9 @@ def token_seconds(
     model: Any = ground.bank.model
     if ground.task.name != "generate" or not model.can_generate():
         return None
-    adapter = None if name is None else ground.bank.adapters[name]
-    positions = positions_of(model) or MANY
-    room = positions - NEW - (0 if adapter is None else adapter.virtual_length + adapter.prefix_length)
-    typical = typical_rows(ground.examples, 1)[0].ids[: max(1, room)]
-    ids = torch.tensor([typical] * rows, device=model.device)
-    taken: dict[int, list[float]] = {1: [], NEW: []}
-    for _ in range(REPEATS + 1):
-        for new in taken:
-            begun = clock()
-            with torch.no_grad(), ground.bank.route([name] * rows):
-                model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                    do_sample=False, pad_token_id=0,
-                )  # fmt: skip
-            _finish(ground)
-            taken[new].append(clock() - begun)
-    first, all_of_them = min(taken[1][1:]), min(taken[NEW][1:])
-    return first, max(0.0, all_of_them - first) / (NEW - 1)
+    prompt = typical_rows(ground.examples, 1)[0]
+    taken = [token_times(ground.bank, name, prompt, NEW, rows, clock) for _ in range(REPEATS + 1)][1:]
+    return min(times[0] for times in taken), min(sum(times[1:]) for times in taken) / (NEW - 1)
 
 
 def _finish(ground: Ground) -> None:

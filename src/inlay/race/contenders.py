@@ -11,7 +11,7 @@ from typing import Any
 
 from inlay.errors import UsageError
 from inlay.methods.table import METHODS
-from inlay.runs.settings import make_method
+from inlay.runs.settings import check_place, make_method
 from inlay.training.plan import Course, Plan
 from inlay.values import fields_of
 
@@ -28,10 +28,12 @@ PATIENCE = 200
 NAME_LENGTH, PART_LENGTH = 64, 24
 SHOWN = ("r", "num_virtual_tokens", "targets", "reduction_factor")
 """Settings that say how much is trained and where: they are shown where they are the defaults too."""
-IN_LINE = {"num_virtual_tokens": "{} tokens", "targets": "{}", "prefix_projection": "network", "use_rslora": "rslora"}
+IN_LINE = {"num_virtual_tokens": "{} tokens", "targets": "{}", "prefix_projection": "network", "use_rslora": "rslora",
+           "virtual_tokens_at": "{}"}  # fmt: skip
 IN_NAME = {
     "num_virtual_tokens": "{}", "targets": "{}", "init": "{}", "alpha": "a{}", "dropout": "drop{}",
     "prefix_projection": "network", "use_rslora": "rslora", "loraplus_lr_ratio": "plus{}",
+    "virtual_tokens_at": "{}",
 }  # fmt: skip
 """Shorter words than the setting's name and its value; those without braces are of switches that are on."""
 NAMED_ALWAYS = ("r", "num_virtual_tokens")
@@ -53,17 +55,21 @@ class Contender:
     def line(self) -> str:
         """One line for people: "LoRA r=8 all-linear lr 1e-3"."""
         words = [_in_line(name, value) for name, value in self._shown(SHOWN)]
-        course = [f"{name} {_words(value)}" for name, value in _unusual(self.course)]
+        course = [IN_LINE.get(name, name + " {}").format(_words(value)) for name, value in _unusual(self.course)]
         seed = [f"seed {self.course['seed']}"] if self.twin else []
         return " ".join([METHODS[self.method].title, *words, *course, f"lr {_rate(self.course['lr'])}", *seed])
 
     def plan(self, steps: int, shared: Mapping[str, Any] | None = None) -> Plan:
-        """Its plan for so many steps; `shared` are fields of the course that it does not say itself.
+        """Its plan for so many steps; `shared` are fields of the course that it does not say itself. A place of virtual
+        tokens is shared by those that have some.
 
         Raises: UsageError naming what is wrong.
         """
+        method = make_method(self.method, self.set)
         course = {**(shared or {}), **self.course, "steps": steps}
-        return Plan(self.name, make_method(self.method, self.set), **course)
+        if not method.virtual_length:
+            course.pop("virtual_tokens_at", None)
+        return Plan(self.name, method, **course)
 
     def _shown(self, always: Sequence[str]) -> Iterator[tuple[str, Any]]:
         """The settings that are shown `always`, where they say something, and those that tell it from others."""
@@ -167,7 +173,7 @@ def _made(space: Space, entry: Entry, values: Iterator[Chosen]) -> Iterator[Cont
         for chosen in values:
             settings, course = entry.split(chosen)
             method = make_method(entry.method, settings)
-            Plan(entry.method, method, **course)
+            check_place(method, Plan(entry.method, method, **course).virtual_tokens_at)
             own = {name: getattr(method, name) for name in settings if getattr(method, name) != entry.own[name].default}
             yield Contender("", entry.method, own, course)
     except UsageError as error:
@@ -210,7 +216,7 @@ def _name(one: Contender) -> str:
     course = {
         name: value for name, value in one.course.items() if name != "lr" and value != COURSE_FIELDS[name].default
     }
-    parts += [_slug(f"{name}{_words(value)}") for name, value in course.items()]
+    parts += [_in_name(name, value) for name, value in course.items()]
     rate = _rate(one.course["lr"])
     front = "-".join([one.method, *filter(None, parts)])[: NAME_LENGTH - len(rate) - 1].rstrip("-.")
     return f"{front}-{rate}"

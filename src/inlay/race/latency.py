@@ -43,7 +43,6 @@ def measured_latency(
         return _without(context, "this base writes no text here, so that no token of an answer takes time")
     if not sound:
         return _without(context, "all contenders diverged")
-    prompt = _middle(context.prepared.examples)
     sound.sort(key=lambda own: rank(own, shares))
     always = {sound[0].name} | {own.name for own in sound if own.learner.step >= own.learner.total}
     begun, found, why = clock(), dict[str, Any](), ""
@@ -51,6 +50,7 @@ def measured_latency(
     for own in sorted(sound, key=lambda own: own.name not in always):
         if own.name not in always and clock() - begun > allowed:
             break
+        prompt = _middle(context.rows_of(own.name).prepared.examples)
         try:
             added = added_time(context.bank, own.name, prompt, EACH, clock)
         except CANNOT as error:

@@ -78,7 +78,7 @@ def line_of(plan: Plan) -> str:
         field.name: own[field.name] for field in fields_of(kind)
         if own[field.name] != field.default and not (isinstance(own[field.name], tuple) and len(own[field.name]) > MANY)
     }  # fmt: skip
-    return Contender(plan.name, name, told, {"lr": plan.rate}).line()
+    return Contender(plan.name, name, told, {"lr": plan.rate, "virtual_tokens_at": plan.virtual_tokens_at}).line()
 
 
 def _place(own: Progress, known: Known) -> Place:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import count
+from typing import Any
 
 from inlay.data.prepare import Examples, prepare, token_counts
 from inlay.data.targets import HeadEncoder, encoder_of, prepare_targets
@@ -22,7 +23,7 @@ from inlay.training.plan import Course, Plan
 
 from .budget import course_tokens, measured
 from .contenders import Contender
-from .halving import shares_of, teams_of
+from .halving import shares_of, teams_of, twin_of
 from .rungs import LEAST, Shares, choices, rungs_of, work
 from .settings import parse_budget
 
@@ -54,7 +55,8 @@ def plans_for(opened: Opened, contenders: Sequence[Contender], asked: str | None
     _check_rows(opened)
     rows, settings = _rows(opened), opened.settings
     shared = {f.name: getattr(settings, f.name) for f in fields(Course) if f.name not in ("lr", "epochs", "steps")}
-    contenders = able(opened, contenders, task)
+    contenders = _distinct(opened, able(opened, contenders, task), shared)
+    _check_place(opened, contenders)
     passes = settings.epochs * len(opened.dataset.rows)
     whole = rows.tokens * (settings.steps * settings.batch_size if settings.steps else passes)
     short = [contender.plan(LEAST, shared) for contender in contenders]
@@ -92,6 +94,20 @@ def able(opened: Opened, contenders: Sequence[Contender], task: Task) -> list[Co
     return found
 
 
+def _distinct(opened: Opened, contenders: Sequence[Contender], shared: Mapping[str, Any]) -> list[Contender]:
+    """Those that no other is equal to with the settings that all share. Raises: UsageError where one is left."""
+    first, found = dict[tuple[str, int], str](), list[Contender]()
+    for contender in contenders:
+        plan = contender.plan(LEAST, shared)
+        if (same := first.setdefault((twin_of(plan), plan.seed), plan.name)) == plan.name:
+            found.append(contender)
+        else:
+            opened.on_message(f"left out: {plan.name}: with the settings of this race it is {same}")
+    if len(found) < 2:
+        raise UsageError(f"all contenders are {found[0].name} with the settings of this race", "Give another --space.")
+    return found
+
+
 def _try(opened: Opened, method: Method, task: Task) -> None:
     """Make the method's adapter and forget it, without what starts from data. Raises: UsageError where it cannot be."""
     methods = task.methods(method)
@@ -99,6 +115,14 @@ def _try(opened: Opened, method: Method, task: Task) -> None:
         return
     opened.bank.add(TRIAL, methods, seed=0)
     opened.bank.remove(TRIAL)
+
+
+def _check_place(opened: Opened, contenders: Sequence[Contender]) -> None:
+    """Raises: UsageError where nobody's virtual tokens can stand where the settings say."""
+    place = opened.settings.virtual_tokens_at
+    if place != "start" and not any(contender.plan(LEAST).method.virtual_length for contender in contenders):
+        what = f"no contender has virtual tokens to stand at {place}"
+        raise UsageError(what, "Leave --virtual-tokens-at out, or name prompt in a --space of your own.")
 
 
 def _check_rows(opened: Opened) -> None:

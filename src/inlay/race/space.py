@@ -12,6 +12,8 @@
       - method: prefix
         num_virtual_tokens: [10, 20]
         lr: {times: usual, by: 3}                    # times the rate that the method begins with, as it is where unset
+      - method: prompt
+        virtual_tokens_at: [start, before-answer]    # or after-system; --virtual-tokens-at says it for the others
       - method: lora
         rows_below: 1000                             # takes part where there are fewer training rows
         dropout: 0.1

@@ -49,6 +49,7 @@ def standings(folder: RunFolder) -> dict[str, Any]:
         passed = sum(step <= (scores[-1]["step"] if scores else 0) for step in rungs_of(total, shares))
         described = {"name": plan.name, "method": record["plans"][plan.name]["method"]}
         described |= {"config": record["plans"][plan.name]["set"], "lr": plan.rate, "seed": plan.seed}
+        described["virtual_tokens_at"] = plan.virtual_tokens_at
         best = _best([line["heldout"] for line in scores], metric)
         described |= {"choosing": best, "rungs": passed, "total_steps": total}
         described |= _token_ms(latency, plan.name)

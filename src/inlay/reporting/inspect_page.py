@@ -100,16 +100,18 @@ def _charts(result: Mapping[str, Any]) -> list[tuple[str, str, Markup]]:
 
 
 def _virtual(look: Mapping[str, Any]) -> dict[str, Any]:
-    lines = []
+    lines, noun = [], "key" if look["kind"] == "prefix" else "token"
     for own in look["tokens"]:
         near = [(repr(one["word"]), f"{one['cosine']:.2f}") for one in own.get("nearest", ())]
         chance = own.get("chance")
         telling = is_number(chance) and chance <= 0.01
         looked = _share((own.get("attention") or {}).get("share"))
         moved = _share(own.get("moved"))
-        lines.append((own["index"], near, number(own.get("z")), telling, moved, looked, number(own["norm"])))
+        z, norm = (f"{value:{form}}" if is_number(value) else "–" for value, form in
+                   ((own.get("z"), ".1f"), (own.get("norm"), ".3g")))  # fmt: skip
+        lines.append((own["index"], near, z, telling, moved, looked, norm))
     return {
-        "title": f"{look['method']}: {look['count']} {'keys' if look['kind'] == 'prefix' else 'tokens'}",
+        "title": f"{look['method']}: {look['count']} {noun}{'s' * (look['count'] != 1)}",
         "lines": lines, "why": look.get("no_words") or "", "similarity": score_text(look.get("similarity")),
         "number": score_text(look.get("effective_number")),
     }  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from inlay.evaluation.score import score
+from inlay.evaluation.score import Scored, score
 from inlay.files import finite, write_json, write_text
 from inlay.reporting.card import write_card
 from inlay.reporting.report import write_report
@@ -72,13 +72,28 @@ def _scored(context: Context, session: Session) -> tuple[dict[str, Final], dict[
                 own.learner.load_weights(own.best.weights)
             context.save(name, folder.best(name))
         names = [*session.progress]
-        scored = score(bank, context.final, [*context.compared, *names], context.budget) if len(context.final) else {}
+        scored = _final_scores(context, names)
         session.peaks.note("scoring")
         rows = context.dataset.final.numbered(context.final.first(SHOWN).samples)
         on_message, limit = context.on_message, context.limit
         shown = [] if context.several else names  # only the report of a run of one shows them
-        written = {name: samples(bank, name, context.encoder, rows, on_message, limit) for name in shown}
+        written = {name: samples(bank, name, context.rows_of(name).encoder, rows, on_message, limit) for name in shown}
     return {name: Final(scored, name, context.metric) for name in names}, written
+
+
+def _final_scores(context: Context, names: Sequence[str]) -> dict[str | None, Scored]:
+    """The base and each learner on the final rows: those with virtual tokens at one place in the same forwards."""
+    if not len(context.final):
+        return {}
+    groups: dict[str, list[str | None]] = {context.settings.virtual_tokens_at: [*context.compared]}
+    for name in names:
+        place = context.plans[name].virtual_tokens_at or context.settings.virtual_tokens_at
+        groups.setdefault(place, []).append(name)
+    found: dict[str | None, Scored] = {}
+    for place, group in groups.items():
+        if group:
+            found |= score(context.bank, context.rows_at(place).final, group, context.budget)
+    return found
 
 
 def _write_pages(context: Context, session: Session, record: Record, whole: dict[str, Any]) -> None:
@@ -96,7 +111,7 @@ def _write_pages(context: Context, session: Session, record: Record, whole: dict
 
 def _added(context: Context, learner: Learner) -> dict[str, Any]:
     """What the tokens cost that an adapter adds to each row; nothing where it adds none."""
-    examples, recompute = context.prepared.examples, context.settings.gradient_checkpointing
+    examples, recompute = context.rows_of(learner.plan.name).prepared.examples, context.settings.gradient_checkpointing
     with learner.averaged_weights():
         found = added_cost(context.bank, learner, examples, context.budget, context.task, recompute)
     return {} if found is None else {"added": found}
@@ -104,7 +119,7 @@ def _added(context: Context, learner: Learner) -> dict[str, Any]:
 
 def _why_diverged(context: Context, own: Progress) -> str:
     learner = own.learner
-    batch = learner.suspects or [e.sample for e in learner.batch(context.prepared.examples)]
+    batch = learner.suspects or [e.sample for e in learner.batch(context.examples_at)]
     return (
         f"{learner.stopped} ({learner.cause}): loss {learner.loss:.3g}, gradient norm {learner.norm:.3g} "
         f"in rows {context.dataset.where(batch)}. The adapter of step {own.kept_step} is kept. Try a lower "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from inlay.errors import UsageError
+from inlay.errors import DataError, UsageError
 from inlay.training.plan import Course, Plan
 from inlay.values import fields_of
 
 from .asking import Ask
 from .context import Context
 from .progress import Progress
+from .settings import check_place
 
 __all__ = ["add_clone", "clone_name", "obey"]
 
@@ -20,7 +21,7 @@ def obey(ask: Ask, context: Context, progress: Mapping[str, Progress], add: Call
     """Do what is asked between two steps; what cannot be done is said, and the run goes on."""
     try:
         _obey(ask, context, progress, add)
-    except UsageError as error:
+    except (UsageError, DataError) as error:
         context.on_message(f"{ask.what} {ask.name}: {error}")
 
 
@@ -68,6 +69,7 @@ def _clone(ask: Ask, plan: Plan) -> Plan:
         raise UsageError("a clone without other settings would be the same again", "Add --set lr=… or another.")
     inner = dataclasses.replace(plan.method, **{n: v for n, v in ask.settings.items() if n in method})
     outer = {n: v for n, v in ask.settings.items() if n in course and n not in method}
+    check_place(inner, outer.get("virtual_tokens_at"))
     return dataclasses.replace(plan, name=clone_name(ask), method=inner, **outer)
 
 

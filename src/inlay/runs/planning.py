@@ -39,12 +39,15 @@ Raises: UsageError where there is nothing to train."""
 
 def recorded_plans(record: Mapping[str, Any]) -> list[Plan]:
     """The plans that run.json holds; none where it holds none. Raises: UsageError where one cannot be made again."""
-    return [_plan(values) for values in (record.get("plans") or {}).values()]
+    place = (record.get("config") or {}).get("virtual_tokens_at")
+    return [_plan(values, place) for values in (record.get("plans") or {}).values()]
 
 
-def _plan(values: Mapping[str, Any]) -> Plan:
+def _plan(values: Mapping[str, Any], place: str | None) -> Plan:
+    """`place` is where virtual tokens stood in records of a time when that was the same for all."""
     method = make_method(values["method"], {})
     known = {field.name for field in fields_of(type(method))}
     made = dataclasses.replace(method, **{name: value for name, value in values["set"].items() if name in known})
     course = {f.name: values[f.name] for f in dataclasses.fields(Plan) if f.name in values}
+    course.setdefault("virtual_tokens_at", place if made.virtual_length else None)
     return Plan(**{**course, "method": made})

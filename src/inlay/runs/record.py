@@ -103,6 +103,7 @@ class Record:
         plan = self.context.listed[own.name]
         part = record["learners"][own.name] if self.context.several else {}
         course = {f.name: plan[f.name] for f in dataclasses.fields(Course)}
+        course["virtual_tokens_at"] = self.context.place_of(own.name)
         config = record["config"] | course | {"method": plan["method"], "set": plan["set"]}
         return {**record, **part, "config": config}
 

@@ -96,6 +96,7 @@ def _changed_plans(start: Start, plans: Sequence[Plan] | None, free: Sequence[st
             found.append(f"the learner {name} {'is gone' if name in before else 'is new'}")
             continue
         old, new = before[name], now[name]
+        old = {"virtual_tokens_at": new.get("virtual_tokens_at"), **old}  # once that was the same for all
         differ = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
         found += [f"{name}: {key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differ]
     return found

@@ -89,15 +89,17 @@ class Session:
         self._add(names)
 
     def _add(self, names: Sequence[str], chosen: Mapping[str, Sequence[Method]] | None = None) -> None:
-        context, examples = self.context, self.context.prepared.examples
+        context = self.context
         plans = [context.plans[name] for name in names]
         known = context.bank.adapters
-        added = add_learners(context.bank, plans, len(examples), known, context.task, examples, chosen)
+        added = add_learners(
+            context.bank, plans, len(context.prepared.examples), known, context.task, context.examples_at, chosen
+        )
         self.learners += added
         self.progress |= {learner.plan.name: self._progress(learner) for learner in added}
 
     def _progress(self, learner: Learner) -> Progress:
-        settings, rows = self.context.settings, self.context.choosing
+        settings, rows = self.context.settings, self.context.rows_of(learner.plan.name).choosing
         due = self._due_score or every(settings.eval_every or max(1, learner.total // EVALUATIONS))
         if self._due_score is not None:
             rows = rows.first(MOST)
@@ -191,7 +193,7 @@ class Session:
         self._log = self._log or MetricsLog(context.folder.metrics)
         self.peaks.note("loading")
         self._listen()
-        examples, recompute = context.prepared.examples, context.settings.gradient_checkpointing
+        examples, recompute = context.examples_at, context.settings.gradient_checkpointing
         bank, budget = context.bank, context.budget
         steps = train_steps(bank, self.learners, examples, budget, recompute, context.task, context.shares)
         try:

@@ -14,18 +14,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from inlay.bases.choices import DTYPES, QUANTIZATIONS
-from inlay.data.places import PLACES
 from inlay.data.tasks import TASKS
 from inlay.errors import UsageError
 from inlay.methods.table import METHODS
 from inlay.runtime.sizes import size_mb
-from inlay.training.plan import COURSE, Course, Plan
+from inlay.training.plan import COURSE, Course, Plan, VirtualTokensAt
 from inlay.values import Count, From, Help, OneOf, fields_of
 
 if TYPE_CHECKING:
     from inlay.methods.contract import Method
 
-__all__ = ["COURSE", "PANELS", "Settings", "differences", "make_method", "plan_of", "plan_record"]
+__all__ = [
+    "COURSE",
+    "PANELS",
+    "Settings",
+    "VirtualTokensAt",
+    "check_place",
+    "differences",
+    "make_method",
+    "plan_of",
+    "plan_record",
+]
 
 DATA, MODEL, BEST, SAFE, ASK = "Data", "Method and base", "Best adapter", "Memory and safety", "Ask of one there"
 USUAL = "lora"
@@ -191,9 +200,6 @@ TaskName = Annotated[
     OneOf(TASKS, "task"),
     Help("generate: write the answer; classify, regress, tag: train a head. What fits the base where unset", DATA),
 ]
-VirtualTokensAt = Annotated[
-    str, OneOf(PLACES, "place"), Help("where virtual tokens stand, for methods that have some", DATA)
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,11 +275,16 @@ def make_method(name: str, values: Mapping[str, Any]) -> Method:
 
 def plan_of(settings: Settings, method: Method, name: str) -> Plan:
     """The plan that `settings` make for the adapter `name`. Raises: UsageError."""
-    if settings.virtual_tokens_at != "start" and not method.virtual_length:
-        why = "keys of a prefix stand before every token" if method.prefix_length else "it has no virtual tokens"
-        raise UsageError(f"{type(method).title} cannot act at {settings.virtual_tokens_at} ({why})", "Use start.")
+    check_place(method, settings.virtual_tokens_at)
     course = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Course)}
     return Plan(name, method, **course)
+
+
+def check_place(method: Method, place: str | None) -> None:
+    """Raises: UsageError where a method has no virtual tokens to stand at a place."""
+    if place not in (None, "start") and not method.virtual_length:
+        why = "keys of a prefix stand before every token" if method.prefix_length else "it has no virtual tokens"
+        raise UsageError(f"{type(method).title} cannot act at {place} ({why})", "Use start.")
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:

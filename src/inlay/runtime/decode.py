@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from inlay.bank.adapter import Part
 from inlay.bank.bank import Bank
 from inlay.bank.going import Flight
 from inlay.batch.paged import Going
@@ -22,6 +22,7 @@ from inlay.errors import UsageError
 from inlay.sites.observe import attention_sites
 from inlay.sites.positions import positions_of
 
+from .made import Made
 from .sharing import Names
 
 __all__ = ["CHUNK", "STORE", "Decoder", "Running", "token_bytes"]
@@ -77,14 +78,14 @@ class Decoder:
             raise UsageError("this base cannot keep packed segments apart", "Write with padded rows.")
         self.bank, self.chunk, self.most, self.positions = bank, chunk, most, positions_of(model)
         self.names = Names(bank)
+        bank.quicken(_has_room(model))
         self._picks = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.store = Store(store, token_bytes(bank), model.dtype, model.device)
         self.waiting: deque[Running] = deque()
         self.rows: list[Running] = []
         self._flight: tuple[tuple[Running, ...], Flight] | None = None
-        self._made: dict[Any, Any] = {}
+        self._made, self._count, self.sent_back = Made(), 0, 0  # the last: rows that made room
         self._known: Flight | None = None
-        self._count = 0
 
     # ---- rows
 
@@ -134,6 +135,11 @@ class Decoder:
             self.bank.land(row.blend)
             row.lands = False
 
+    def forget(self) -> None:
+        """Let go of what was made of adapters that the bank has no longer."""
+        self._made.forget(self.bank)
+        self._flight = self._known = None
+
     def _check(self, prompt: int, new: int, ahead: int) -> None:
         if self.positions is not None and prompt + new > self.positions:
             raise UsageError(
@@ -156,7 +162,7 @@ class Decoder:
         done: list[tuple[list[Running], Tensor]] = []
         writing = self._with_room([row for row in self.rows if row.unread == 1 and row.past.own])
         if writing:
-            done.append((writing, self._run(self._flown(writing), writing, [1] * len(writing), [1] * len(writing))))
+            done.append((writing, self._run(self._flown(writing), writing, *[[1] * len(writing)] * 2)))
         entering = self._admitted()
         if entering:
             rows, counts = [row for row, _ in entering], [count for _, count in entering]
@@ -190,6 +196,7 @@ class Decoder:
         self.rows.remove(row)
         self.store.release(row.past)
         row.names = []
+        self.sent_back += 1
         self.waiting.appendleft(row)
 
     def _admitted(self) -> list[tuple[Running, int]]:
@@ -276,13 +283,14 @@ class Decoder:
             self._name(row)
         if flight is not self._known:
             self._known = flight
-            values = flight.route.going.values  # adapters as they were cast and derived, for rows in any company
-            self._made.update((key, value) for key, value in values.items() if _of_part(key))
+            self._made.keep(flight.route.going.values)
         return logits
 
 
-def _of_part(key: Any) -> bool:
-    return isinstance(key, tuple) and (isinstance(key[0], Part) or key[0] == "constant")
+def _has_room(model: Any) -> bool:
+    """Whether a copy of the base takes a quarter of the free memory at most."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return model.device.type == "cpu" and 4 * size <= psutil.virtual_memory().available
 
 
 def token_bytes(bank: Bank) -> int:

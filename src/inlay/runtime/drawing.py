@@ -33,6 +33,7 @@ class Drawing:
         self.sampling, self.seed, self.answer, self.vocabulary, self.name = sampling, seed, answer, vocabulary, name
         self.position = 0
         self.seen: _Seen | None = None
+        self.matcher = None if sampling.grammar is None else sampling.grammar.matcher()
         self.ends = np.array(sorted(ends), dtype=np.int64)
         self.biased = np.array(list(sampling.logit_bias), dtype=np.int64)
         self.bias = np.array(list(sampling.logit_bias.values()), dtype=np.float64)
@@ -44,7 +45,8 @@ class Drawing:
     @property
     def edits(self) -> bool:
         """Whether the model's logits are changed before a token is drawn at this place."""
-        return self.seen is not None or len(self.biased) > 0 or not (self.may_end or len(self.ends) == 0)
+        early = not (self.may_end or len(self.ends) == 0)
+        return self.seen is not None or self.matcher is not None or len(self.biased) > 0 or early
 
     @property
     def rank(self) -> int:
@@ -62,6 +64,8 @@ class Drawing:
         self.position += 1
         if self.seen is not None:
             self.seen.add(token)
+        if self.matcher is not None:
+            self.matcher.take(token)
 
 
 def drawings(
@@ -137,8 +141,8 @@ def sample(logits: Tensor, rows: Sequence[Drawing]) -> Drawn:
     """Draw the next token of each of `rows` from its logits (rows, vocabulary), of any float dtype, and note it there.
 
     Half precision is drawn from in float32. What changes logits acts in transformers' order: logit_bias, the penalties
-    (repetition, frequency, presence), min_new_tokens, temperature, top_k, top_p, min_p. A row whose logits allow no
-    token gets an error of its own; the others are drawn all the same.
+    (repetition, frequency, presence), the grammar, min_new_tokens, temperature, top_k, top_p, min_p. A row whose logits
+    allow no token gets an error of its own; the others are drawn all the same.
 
     Raises: UsageError where the logits do not fit the rows.
     """
@@ -203,6 +207,10 @@ def _edit(scores: Tensor, rows: Sequence[Drawing]) -> None:
         each = [[s.repetition_penalty, s.presence_penalty, s.frequency_penalty] for s in settings]
         penalties = np.repeat(np.array(each).T, [len(known.ids) for _, _, known in seen], axis=1)
         penalize(scores, _on(where, scores), _on(counts, scores), _on(penalties, scores))
+    for at, matcher in [(at, one.matcher) for at, one in enumerate(rows) if one.matcher is not None]:
+        allowed = matcher.allowed()[:width]
+        scores[at, : len(allowed)].masked_fill_(_on(~allowed, scores), -torch.inf)
+        scores[at, len(allowed) :] = -torch.inf
     if early := [one.ends + at * width for at, one in enumerate(rows) if not one.may_end]:
         flat[_on(np.concatenate(early), scores)] = -torch.inf
 
@@ -239,7 +247,8 @@ def _no_token(row: Drawing, top: float) -> InlayError:
 def _forbidden(row: Drawing, top: float) -> InlayError:
     at = f"at token {row.position + 1} of the answer"
     if top < 0:
-        return InlayError(f"{row.name}: logit_bias or min_new_tokens forbid every token {at}", "Forbid fewer.")
+        also = "" if row.matcher is None else "the grammar, "
+        return InlayError(f"{row.name}: {also}logit_bias or min_new_tokens forbid every token {at}", "Forbid fewer.")
     return InlayError(
         f"{row.name}: temperature {row.sampling.temperature:g} and repetition_penalty "
         f"{row.sampling.repetition_penalty:g} take the logits beyond their range {at}",

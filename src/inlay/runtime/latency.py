@@ -15,6 +15,10 @@ from inlay.bank.bank import Bank
 from inlay.data.encode import Example
 from inlay.sites.positions import positions_of
 
+from .generating import generate
+from .requests import Request
+from .sampling import Sampling
+
 __all__ = ["AddedTime", "Clock", "added_time", "token_times"]
 
 Clock = Callable[[], float]
@@ -43,27 +47,24 @@ def token_times(
     """Seconds (new,) that the tokens of an answer to so many equal `rows` take, by the adapter `name` (the base where
     it is None): the first one with the reading of the prompt, which is cut where the base has no positions for it.
 
-    Raises: what transformers' `generate` does where a base cannot generate.
+    Raises: what `generate` does where a base cannot write.
     """
     model: Any = bank.model
     adapter = None if name is None else bank.adapters[name]
     taken = 0 if adapter is None else adapter.virtual_length + adapter.prefix_length
     room = (positions_of(model) or MANY) - new - taken
-    ids = torch.tensor([prompt.ids[: max(1, room)]] * rows, device=model.device)  # (rows, tokens)
+    ids = prompt.ids[: max(1, room)]
+    sampling = Sampling(max_new_tokens=new, ignore_eos=True)
+    # Scopes of their own: no row reads what another has read.
+    asked = [Request(name, ids, sampling, min(prompt.virtual_at, len(ids)), scope=str(row)) for row in range(rows)]
     marks = [clock()]
-
-    def mark(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize(ids.device)
-        marks.append(clock())
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-    places = [min(prompt.virtual_at, ids.shape[1])] * rows
-    with torch.no_grad(), bank.route([name] * rows, places=places):
-        model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-            num_beams=1, pad_token_id=0, stopping_criteria=[mark],
-        )  # fmt: skip
+    for written, token in enumerate(generate(bank, asked), 1):
+        if token.error is not None:
+            raise token.error
+        if written % rows == 0:
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            marks.append(clock())
     return [later - earlier for earlier, later in pairwise(marks)]
 
 

@@ -6,14 +6,32 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 from inlay.errors import UsageError
 
-__all__ = ["Sampling"]
+__all__ = ["Grammar", "Matcher", "Sampling"]
 
 LEAST_TEMPERATURE = 1e-6
 """Logits divided by less may leave float32's range."""
+
+
+class Matcher(Protocol):
+    """What the tokens of one answer may be, as it is written."""
+
+    def allowed(self) -> Any:
+        """Which tokens may come next: bool (vocabulary,), of numpy. It raises nothing; none is an error of the row."""
+
+    def take(self, token: int) -> None:
+        """The answer goes on with a token."""
+
+
+class Grammar(Protocol):
+    """What the tokens of answers may be."""
+
+    def matcher(self) -> Matcher:
+        """A new one, for one answer."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +54,7 @@ class Sampling:
     stop_token_ids: tokens that end the answer, beside the model's own, which `ignore_eos` turns off.
     n: answers of the prompt.
     seed: makes the answers the same each time; None draws one.
+    grammar: what tokens may come next, given those before; None for any.
 
     Raises: UsageError naming the field, its value and what would be right.
     """
@@ -56,6 +75,7 @@ class Sampling:
     ignore_eos: bool = False
     n: int = 1
     seed: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():

@@ -21,7 +21,7 @@ from .acting import Acting
 from .optimizers import ELEMENTWISE, make_optimizer
 from .plan import Plan
 from .schedules import rates
-from .starting import permutation
+from .starting import Rows, permutation, rows_of
 
 __all__ = ["Learner"]
 
@@ -90,8 +90,9 @@ class Learner:
         name = self.plan.schedule or ("constant" if hasattr(self.optimizer, "eval") else "linear")
         return LambdaLR(self.optimizer, rates(name, int(self.plan.warmup * self.total), self.total))
 
-    def batch(self, examples: Sequence[Example]) -> list[Example]:
+    def batch(self, rows: Rows) -> list[Example]:
         """The examples of the next step: each pass is a permutation drawn from the learner's own seed."""
+        examples = rows_of(rows, self.plan)
         epoch, number = divmod(self.step, self.batches)
         if self._order[0] != epoch:
             self._order = epoch, permutation(self.plan.seed, epoch, self.rows)

@@ -17,7 +17,7 @@ from inlay.runtime.tasks import GENERATE, Task
 from .gradients import ALONE, Shares, Step, step_gradients
 from .learner import Learner
 from .plan import Plan
-from .starting import rows_before
+from .starting import Rows, rows_before
 
 __all__ = ["add_learners", "train", "train_steps"]
 
@@ -39,7 +39,7 @@ def train(
 
 def add_learners(
     bank: Bank, plans: Sequence[Plan], rows: int, begun: Mapping[str, Adapter] | None = None, task: Task = GENERATE,
-    examples: Sequence[Example] | None = None, chosen: Mapping[str, Sequence[Method]] | None = None,
+    examples: Rows | None = None, chosen: Mapping[str, Sequence[Method]] | None = None,
 ) -> list[Learner]:  # fmt: skip
     """A learner for each plan, with a new adapter of its name in `bank`; adapters in `begun` keep the values they have.
     A `task` may add parts to a plan's method. Methods that begin from data see some of the `examples`; `chosen` holds,
@@ -64,7 +64,7 @@ def add_learners(
 
 
 def train_steps(
-    bank: Bank, learners: Sequence[Learner], examples: Sequence[Example], budget: TokenBudget, recompute: bool = False,
+    bank: Bank, learners: Sequence[Learner], examples: Rows, budget: TokenBudget, recompute: bool = False,
     task: Task = GENERATE, shares: Shares = ALONE,
 ) -> Generator[list[Learner], None, None]:  # fmt: skip
     """Train `learners` from where they are until each has stopped; yields, after every step, those that took it.

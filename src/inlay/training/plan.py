@@ -7,14 +7,19 @@ from typing import Annotated, Any
 
 from annotated_types import Le
 
+from inlay.data.places import PLACES
 from inlay.values import Checked, Count, Help, NonNegative, OneOf, Positive, Seed, Share
 
 from .optimizers import OPTIMIZERS
 from .schedules import SCHEDULES
 
-__all__ = ["COURSE", "Course", "Plan"]
+__all__ = ["COURSE", "Course", "Plan", "VirtualTokensAt"]
 
 COURSE = "Course of training"
+
+VirtualTokensAt = Annotated[
+    str, OneOf(PLACES, "place"), Help("where virtual tokens stand, for methods that have some", "Data")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,9 @@ class Course(Checked):
     neftune_alpha: Annotated[NonNegative, Help("noise on embeddings; 5 is usual", COURSE)] = 0.0
     label_smoothing: Annotated[Share, Help("share of each target spread over the vocabulary", COURSE)] = 0.0
     seed: Annotated[Seed, Help("start, order of rows and dropout", COURSE)] = 0
+    virtual_tokens_at: Annotated[
+        str | None, OneOf(PLACES, "place"), Help("where virtual tokens stand; as in the rows where unset", "Data")
+    ] = None
 
 
 @dataclass(frozen=True)

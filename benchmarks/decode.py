@@ -1,0 +1,261 @@
+"""Writing: tokens a second of the decode loop with no adapter, one, many, eight methods; transformers, HF PEFT beside.
+
+SmolLM2-135M, prompts of 32 random tokens. All sides are in one process and take turns, so that a noisy machine is noisy
+for all; a figure is the median over steps, the first of which do not count. Each share is of what stands beside it.
+
+    python benchmarks/decode.py                                     both dtypes, about five minutes of two cores
+    python benchmarks/decode.py --dtypes bfloat16 --rounds 2 --page docs/performance.md
+    python benchmarks/decode.py --profile                           where a step's time goes
+
+Machines whose cores are shared should run it alone: a step has hundreds of parallel regions, and each waits for the
+slower core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from pages import write_between
+from rich.console import Console
+
+ROWS, PROMPT, NEW = 32, 32, 24
+WARM = 4
+BEGIN, END = "<!-- decode: begin -->", "<!-- decode: end -->"
+EIGHT = {
+    "lora": {}, "ia3": {}, "houlsby": {}, "norm": {}, "prefix": {"init": "random"}, "prompt": {"init": "random"},
+    "dora": {}, "bitfit": {"add_bias": True},
+}  # fmt: skip
+console = Console(stderr=True, highlight=False)
+Side = Callable[[], list[float]]
+"""Runs once, and gives the seconds of its steps."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="smollm2")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cells", type=Path, default=Path(__file__).with_name("decode.json"))
+    parser.add_argument("--page", type=Path, help="write the tables between the marks of this page")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--no-peft", action="store_true")
+    return parser.parse_args()
+
+
+class Bench:
+    """A base with a bank of adapters whose values are random, and the same base again, without."""
+
+    def __init__(self, base: str, dtype: str, peft: bool) -> None:
+        import inlay
+        from inlay.bases.load import load_base
+        from inlay.methods.table import METHODS
+
+        torch.manual_seed(0)
+        self.plain: Any = load_base(base, dtype).model
+        self.bank = inlay.attach(load_base(base, dtype).model)
+        for number in range(ROWS):
+            self.bank.add(f"lora {number}", inlay.LoRA(r=8, alpha=16), seed=number)
+        for name, settings in EIGHT.items():
+            self.bank.add(name, METHODS[name](**settings), seed=1)
+        with torch.no_grad():
+            for parameter in self.bank.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.01)
+        generator = torch.Generator().manual_seed(3)
+        self.prompts = torch.randint(0, 40000, (ROWS, PROMPT), generator=generator)
+        self.peft = self._peft(load_base(base, dtype).model) if peft else None
+
+    def _peft(self, model: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        def config() -> Any:
+            return LoraConfig(
+                r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+            )
+
+        wrapped: Any = get_peft_model(model, config(), adapter_name="a0")
+        for number in range(1, ROWS):
+            wrapped.add_adapter(f"a{number}", config())
+        return wrapped.eval()
+
+    def ours(self, routes: list[Any], joins: bool = False) -> list[float]:
+        """The seconds of each step; with `joins`, of those in which a row comes, less its own prompt's."""
+        from inlay.runtime.decode import Decoder
+
+        decoder = Decoder(self.bank, 2**30, 4096)
+        for route, ids in zip(routes, self.prompts.tolist(), strict=False):
+            decoder.add(route, ids, NEW + 8, scope=str(len(decoder.waiting)))
+        times: list[float] = []
+        while len(times) < NEW:
+            if joins and len(times) in (12, 16, 20):
+                decoder.add(routes[0], self.prompts[len(times)].tolist(), NEW, scope=f"later {len(times)}")
+            begun = time.perf_counter()
+            rows, logits = decoder.step()
+            chosen = [] if logits is None else logits.argmax(-1).tolist()
+            times.append(time.perf_counter() - begun)
+            for row, token in zip(rows, chosen, strict=True):
+                decoder.write(row, token)
+        for row in [*decoder.rows, *decoder.waiting]:
+            decoder.end(row)
+        return times
+
+    def generate(self, model: Any, rows: int, **more: Any) -> list[float]:
+        """transformers' own loop, step by step."""
+        marks = [time.perf_counter()]
+
+        def mark(ids: Any, scores: Any, **kwargs: Any) -> Any:
+            marks.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        ids = self.prompts[:rows]
+        with torch.no_grad():
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW,
+                do_sample=False, pad_token_id=0, stopping_criteria=[mark], **more,
+            )  # fmt: skip
+        return [after - before for before, after in pairwise(marks)]
+
+    def sides(self) -> dict[str, Side]:
+        loras = [f"lora {n}" for n in range(ROWS)]
+        found: dict[str, Side] = {
+            "no adapter": lambda: self.ours([None] * ROWS),
+            "one LoRA for all": lambda: self.ours(["lora 0"] * ROWS),
+            "8 LoRAs": lambda: self.ours([loras[n % 8] for n in range(ROWS)]),
+            "32 LoRAs": lambda: self.ours(loras),
+            "eight methods": lambda: self.ours([[*EIGHT][n % 8] for n in range(ROWS)]),
+            "transformers": lambda: self.generate(self.plain, ROWS),
+            "one row": lambda: self.ours([None]),
+            "one row, LoRA": lambda: self.ours(["lora 0"]),
+            "one row, transformers": lambda: self.generate(self.plain, 1),
+        }
+        if self.peft is not None:
+            names = [f"a{n}" for n in range(ROWS)]
+            found["HF PEFT, 32 LoRAs"] = lambda: self.generate(self.peft, ROWS, adapter_names=names)
+        return found
+
+
+def measured(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """By side: milliseconds of a step, the median of all rounds; and what a row costs that joins."""
+    bench = Bench(a.base, dtype, not a.no_peft)
+    times: dict[str, list[float]] = {}
+    for round_ in range(a.rounds):
+        for name, side in bench.sides().items():
+            times.setdefault(name, []).extend(side()[WARM:])
+            console.print(f"{dtype}, round {round_ + 1}, {name}: {1e3 * statistics.median(times[name]):.1f} ms")
+    steps = bench.ours([f"lora {n}" for n in range(ROWS)], joins=True)
+    alone = bench.ours(["lora 0"])[0]
+    plain = statistics.median(steps[n] for n in range(WARM, NEW) if n not in (12, 13, 16, 17, 20, 21))
+    return {
+        "ms": {name: 1e3 * statistics.median(own) for name, own in times.items()},
+        "join": {
+            "step": 1e3 * plain, "own prompt": 1e3 * alone,
+            "its step": 1e3 * statistics.median(steps[n] for n in (12, 16, 20)),
+            "the step behind it": 1e3 * statistics.median(steps[n] for n in (13, 17, 21)),
+        },
+        "memory": memory(bench.bank), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def memory(bank: Any) -> dict[str, float]:
+    """Bytes of a LoRA's file, and of what a bank holds for it while rows go on."""
+    from inlay.runtime.decode import Decoder
+
+    with tempfile.TemporaryDirectory() as folder:
+        bank.save("lora 0", folder)
+        file = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    decoder = Decoder(bank, 2**30)
+    for number in range(ROWS):
+        decoder.add(f"lora {number}", [5, 6, 7], 4)
+    for _ in range(2):
+        rows, logits = decoder.step()
+        assert logits is not None
+        for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            decoder.write(row, token)
+    flight: Any = decoder._flight
+    held = {own.data_ptr(): own.untyped_storage().nbytes() for own in tensors([bank.adapters, flight[1].route], set())}
+    base = {own.data_ptr() for own in bank.model.parameters()}
+    for row in [*decoder.rows]:
+        decoder.end(row)
+    return {"file": file, "held": sum(size for own, size in held.items() if own not in base) / ROWS}
+
+
+def tensors(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """All tensors that can be reached from a thing, but for modules, and key-value stores."""
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    if id(thing) in seen or isinstance(thing, (torch.Tensor, torch.nn.Module, str, bytes, type)):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, dict):
+        parts = [*thing.keys(), *thing.values()]
+    elif isinstance(thing, (list, tuple, set)):
+        parts = [*thing]
+    else:
+        parts = [value for name, value in getattr(thing, "__dict__", {}).items() if name != "store"]
+    for part in parts:
+        yield from tensors(part, seen)
+
+
+def table(found: dict[str, Any]) -> str:
+    """Both dtypes' figures as a page has them."""
+    lines = []
+    for dtype, own in found.items():
+        ms = own["ms"]
+        rows = {name: 1 if name.startswith("one row") else ROWS for name in ms}
+        lines += [f"| {dtype} | ms a step | tokens/s | share |", "|---|---|---|---|"]
+        against = {name: "transformers" if name == "no adapter" else "no adapter" for name in ms}
+        against |= {"one row": "one row, transformers", "one row, LoRA": "one row"}
+        for name, value in ms.items():
+            other = against[name]
+            share = "" if name.endswith("transformers") else f"{ms[other] / value:.2f} of {other}"
+            if name.startswith("HF PEFT"):
+                share = f"32 LoRAs here are {value / ms['32 LoRAs']:.1f} times as fast"
+            lines.append(f"| {name} | {value:.1f} | {1e3 * rows[name] / value:.0f} | {share} |")
+        join, held = own["join"], own["memory"]
+        lines += [
+            "",
+            f"A row that joins 32 with LoRAs: its step takes {join['its step']:.0f} ms, where a step takes "
+            f"{join['step']:.0f} and reading its prompt alone {join['own prompt']:.0f}; the step behind it "
+            f"{join['the step behind it']:.0f}. A LoRA's file has {held['file'] / 2**20:.2f} MiB, and "
+            f"{held['held'] / 2**20:.2f} MiB are held for it while its rows write "
+            f"({held['held'] / held['file']:.2f} times). {own['threads']} threads.",
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
+def profile(a: argparse.Namespace) -> None:
+    """The operations of ten steps of 32 rows with 32 LoRAs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    bench = Bench(a.base, a.dtypes.split(",")[0], False)
+    bench.ours([f"lora {n}" for n in range(ROWS)])
+    with profile(activities=[ProfilerActivity.CPU]) as made:
+        bench.ours([f"lora {n}" for n in range(ROWS)])
+    console.print(made.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), markup=False)
+
+
+def main() -> None:
+    a = arguments()
+    if a.profile:
+        profile(a)
+        return
+    found = json.loads(a.cells.read_text(encoding="utf8")) if a.cells.exists() else {}
+    for dtype in [name for name in a.dtypes.split(",") if name and a.rounds]:
+        found[dtype] = measured(a, dtype)
+        a.cells.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
+    print(table(found))
+    if a.page:
+        write_between(a.page, (BEGIN, END), table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`inlay serve`: one thread with the base and its adapters, and what reaches it."""

@@ -1,0 +1,145 @@
+"""Opens a base and folders of adapters, and serves them until a signal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from inlay.bases.extras import require
+from inlay.errors import UsageError
+from inlay.runtime.sizes import size_mb
+
+from .keys import Keys
+from .limits import Rate
+from .settings import ServeSettings
+
+__all__ = ["make_key", "serve"]
+
+LOCAL_NAMES = ("0.0.0.0", "::")
+MARGIN = 256
+"""Tokens of the store that are left for what adapters put before a row."""
+
+
+def make_key(settings: ServeSettings) -> dict[str, Any]:
+    """Make or drop a key. Raises: UsageError."""
+    assert settings.keys is not None
+    keys = Keys(settings.keys, make=settings.add_key is not None)
+    try:
+        if settings.drop_key:
+            keys.drop(settings.drop_key)
+            return {"dropped": settings.drop_key, "keys": settings.keys}
+        allowed = list(settings.adapters_of) or None
+        key = keys.add(settings.add_key or "", allowed, Rate.read(settings.rate), settings.admin)
+        made = {"adapters": allowed, "rate": settings.rate, "admin": settings.admin}
+        return {"name": settings.add_key, "key": key, **made, "keys": settings.keys}
+    finally:
+        keys.close()
+
+
+def serve(
+    settings: ServeSettings, on_message: Callable[[str], None], on_ready: Callable[[dict[str, Any]], None]
+) -> None:
+    """Serve until a signal. `on_ready` gets the address and what is served when requests are taken.
+
+    Raises: UsageError where others could ask without a key, or something given is not there; InlayError where the port
+    is taken or a library is missing.
+    """
+    for module in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
+        require(module, "inlay serve", "serve")
+    from .server import Server, bound, check_safe
+
+    if not settings.adapters:
+        raise UsageError("--adapters is missing", "Name a folder whose folders are adapters or runs.")
+    keys = None if settings.keys is None else Keys(settings.keys)
+    check_safe(settings.host, keys)
+    _log(settings.log_prompts)
+    with ExitStack() as stack:
+        opened = stack.enter_context(bound(settings.host, settings.port))
+        if keys is not None:
+            stack.callback(keys.close)
+        service = open_service(settings)
+        if service.experiments is not None:
+            from .experiments import start
+
+            start(service.names, service.experiments, settings.experiments, on_message)
+        port = opened.getsockname()[1]
+        shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+        said = {
+            "url": f"http://{shown}:{port}",
+            "base": service.base,
+            "adapters": [info.name for info in service.adapters.known()],
+        }
+        if settings.host in LOCAL_NAMES and not settings.allow_host:
+            on_message("clients elsewhere are refused by the name they ask for: say it with --allow-host NAME")
+        hosts = {*settings.allow_host, settings.host} - set(LOCAL_NAMES)
+        server = Server(service, keys, hosts, lambda: on_ready(said))
+        service.engine.start()
+        stack.enter_context(service.watched())
+        server.serve_on(opened)
+
+
+def open_service(settings: ServeSettings) -> Any:
+    """The engine over the base, not yet started, and the folders of adapters."""
+    from inlay.bank.bank import attach
+    from inlay.bases.load import load_base
+    from inlay.formats.notes import read_notes
+    from inlay.runtime.decode import token_bytes
+    from inlay.runtime.forward import check_trainable
+    from inlay.runtime.requests import vocabulary_of
+    from inlay.serve.adapters import AdapterStore
+    from inlay.serve.engine import Engine
+    from inlay.serve.experiments.store import Store
+    from inlay.serve.folders import Folders
+    from inlay.sites.positions import positions_of, table_size
+
+    from .service import Service
+
+    experiments = None if settings.state_file is None else Store(settings.state_file)
+    paths = [Path(path) for path in settings.adapters]
+    dtype = settings.dtype
+    if dtype == "auto":
+        trained = {_noted_dtype(folder, read_notes) for folder in Folders(paths).look().values()} - {None}
+        dtype = trained.pop() or dtype if len(trained) == 1 else dtype
+    base = load_base(settings.base, dtype, settings.device, settings.quantize)
+    if base.tokenizer is None:
+        raise UsageError(f"base {settings.base} has no tokenizer", "Name a base folder that holds one.")
+    bank = attach(base.model)
+    check_trainable(bank)
+    memory = None if settings.adapter_memory is None else int(size_mb(settings.adapter_memory) * 2**20)
+    store = int(size_mb(settings.store) * 2**20)
+    adapters = AdapterStore(bank, paths, memory=memory)
+    engine = Engine(bank, base.tokenizer, adapters, store=store, most=settings.rows, waiting=settings.queue)
+    model: Any = base.model
+    vocabulary = min(vocabulary_of(model), table_size(model) or vocabulary_of(model))
+    room = max(1, store // token_bytes(bank) - MARGIN) if bank.packs else None
+    known = None if model.config.is_encoder_decoder else positions_of(model)
+    positions = min((n for n in (room, known) if n is not None), default=None)
+    return Service(
+        engine, adapters, base.tokenizer, settings.name_of_base, settings, vocabulary, positions,
+        settings.share_prefixes, settings.log_prompts, experiments,
+    )  # fmt: skip
+
+
+def _noted_dtype(folder: Path, read: Callable[[Path], Any]) -> str | None:
+    """What an adapter was trained in; a broken folder says nothing here, and is reported when it is asked for."""
+    try:
+        return read(folder).dtype
+    except Exception:
+        return None
+
+
+def _log(prompts: bool) -> None:
+    """The server's own log goes to stderr: a line for each request."""
+    log = logging.getLogger("inlay.serve")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+    if prompts:
+        log.info("prompts are written into this log")
