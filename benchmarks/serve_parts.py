@@ -100,7 +100,7 @@ def planted(base: str, dtype: str, folder: Path, most: int) -> Planted:
                 parameter.add_(torch.randn_like(parameter) * 0.01)
             for own in parts[-1].params.values():
                 own["bias"].copy_(SCALE * table[token])
-    kept = _that_say_it(bank, tokenizer, list(words))
+    kept = _that_say_it(bank, tokenizer, list(words))[:most]
     for word in kept:
         notes = {"template": _template(word)} if len(word) % 2 else None
         bank.save(word, folder / word, notes=notes)
@@ -125,14 +125,14 @@ def _template(word: str) -> dict[str, Any]:
 
 
 def _words(tokenizer: Any, vocabulary: int, most: int) -> dict[str, int]:
-    """Tokens that are words of plain letters, the longest of the vocabulary's first ones."""
+    """Tokens that are words of plain letters, long ones of the vocabulary's first; some more than `most`."""
     found: dict[str, int] = {}
     for token in range(min(vocabulary, 20_000)):
         word = tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
         if word.isascii() and word.isalpha() and word not in found:
             found[word] = token
     best = sorted(found, key=lambda word: (-min(len(word), 6), found[word]))
-    return {word: found[word] for word in best[: 2 * most]}
+    return {word: found[word] for word in best[: most + most // 4 + 4]}
 
 
 def _that_say_it(bank: Any, tokenizer: Any, words: Sequence[str]) -> list[str]:
@@ -145,7 +145,7 @@ def _that_say_it(bank: Any, tokenizer: Any, words: Sequence[str]) -> list[str]:
     asks = [Request(word, [3 + n % 50, 5, 6, 7], sampling) for n, word in enumerate(words)]
     for token in generate(bank, asks, tokenizer):
         said[words[token.request]] += token.text
-    return [word for word, text in said.items() if text.replace(" ", "") == word * TRIAL][: len(words) // 2]
+    return [word for word, text in said.items() if text.replace(" ", "") == word * TRIAL]
 
 
 def drawn_loras(bank: Any, count: int) -> list[str]:

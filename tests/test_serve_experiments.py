@@ -103,7 +103,7 @@ def looked_at(one, two, mean, runs=120, units=240, step=8):
             low, high = a.interval()
             away = abs(x[:n].mean() - y[:n].mean())
             error = 1.96 * np.sqrt((x[:n].var() + y[:n].var()) / n)
-            now = difference(a, b)[1] < 1 - LEVEL, not low <= mean <= high, n >= 20 and away > error
+            now = difference([(a, b)])[1] < 1 - LEVEL, not low <= mean <= high, n >= 20 and away > error
             alarms = [old or new for old, new in zip(alarms, now, strict=True)]
         seen, missed, usual = (total + alarm for total, alarm in zip((seen, missed, usual), alarms, strict=True))
     return seen / runs, missed / runs, usual / runs
@@ -121,6 +121,38 @@ def test_who_peeks_is_not_fooled():
         assert usual > 0.2  # what the same looks do to a test that is made for one look
 
 
+def test_what_drifts_while_weights_move_is_no_difference():
+    """Users think less and less of both arms alike, and the second arm comes into its own late."""
+    random, wrong, pooled = np.random.default_rng(4), 0, 0
+    for _ in range(60):
+        phases = [(Bets(64), Bets(64)) for _ in range(2)]
+        alarms = [False, False]
+        for (one, two), share, p in zip(phases, (0.05, 0.5), (0.9, 0.6), strict=True):
+            for _ in range(20):
+                count = random.binomial(40, share)
+                one.add(thumbs(p)(random, 40 - count))
+                two.add(thumbs(p)(random, count))
+                (a, b), (c, d) = phases
+                alarms[0] |= difference(phases)[1] < 1 - LEVEL
+                alarms[1] |= difference([(a.joined(c), b.joined(d))])[1] < 1 - LEVEL
+        wrong, pooled = wrong + alarms[0], pooled + alarms[1]
+    assert wrong <= 8 and pooled > 30  # what one pot for all phases makes of the same values
+
+
+def test_phases_add_up():
+    random, phases = np.random.default_rng(6), []
+    ps = []
+    for _ in range(3):
+        pair = Bets(), Bets()
+        pair[0].add(thumbs(0.8)(random, 120))
+        pair[1].add(thumbs(0.6)(random, 120))
+        phases.append(pair)
+        (low, high), p = difference(phases)
+        assert low <= -0.2 <= high
+        ps.append(p)
+    assert ps[2] < ps[0] and ps[2] < 0.01
+
+
 def test_a_difference_is_found():
     seen, missed, _ = looked_at(thumbs(0.9), thumbs(0.65), 0.9, runs=40)
     assert seen > 0.9 and missed <= 6 / 40
@@ -128,7 +160,7 @@ def test_a_difference_is_found():
 
 def test_bets_go_on_and_bound_every_mean_between_their_edges():
     values = np.random.default_rng(2).beta(2, 1, 3000)
-    whole, parts, fine = Bets(64), Bets(64), Bets(512)
+    whole, parts, fine = Bets(32), Bets(32), Bets(256)
     whole.add(values)
     for part in np.split(values, [1, 5, 1500]):
         parts.add(part)
@@ -137,14 +169,14 @@ def test_bets_go_on_and_bound_every_mean_between_their_edges():
     assert (np.repeat(whole.least(), 8) <= fine.least() + 1e-9).all()
     low, high = fine.interval()
     assert low <= 2 / 3 <= high and high - low < 0.06
-    assert Bets().interval() == (0, 1) and difference(Bets(), Bets()) == ((-1, 1), 1)
+    assert Bets().interval() == (0, 1) and difference([(Bets(), Bets())]) == difference([]) == ((-1, 1), 1)
 
 
 def test_the_interval_of_a_difference_is_that_of_all_pairs_left():
     one, two = Bets(32), Bets(32)
     one.add([0.0, 1.0, 0.0, 0.2] * 30)
     two.add([1.0, 0.7, 0.9, 1.0] * 30)
-    (low, high), p = difference(one, two)
+    (low, high), p = difference([(one, two)])
     a, b = one.least(), two.least()
     pairs = [(i, j) for i, j in itertools.product(range(32), repeat=2) if a[i] + b[j] < -np.log(1 - LEVEL)]
     assert low == min(j - i - 1 for i, j in pairs) / 32 and high == max(j - i + 1 for i, j in pairs) / 32
@@ -208,6 +240,22 @@ def test_a_user_counts_once_whatever_the_arm(store):
         v3, v4 = results.of(Experiment("reviews", {"v3": 1, "v4": 1}))["arms"]
         assert (v3["feedback"]["n"], v3["feedback"]["given"]) == (1, 2)
         assert (v4["feedback"]["n"], v4["feedback"]["given"]) == (2, 3)
+
+
+def test_weights_that_move_begin_a_phase(store):
+    arms = {"v3": 1, "v4": 1}
+    assert [store.put(Experiment("e", one)) for one in (arms, arms, {"v3": 1}, arms)] == [True, False, False, False]
+    assert store.get("e").phase == 2 and list(store.phases("e").values()) == [arms, {"v3": 1}, arms]
+    number = itertools.count()
+    for phase, values in enumerate(({"v3": "0011", "v4": "0111"}, {"v3": "1" * 40}, {"v3": "1", "v4": "1"})):
+        for arm, value in ((arm, value) for arm, own in values.items() for value in own):
+            one = trial(next(number), arm, experiment="e")
+            one.phase = phase
+            store.began(one, "")
+            store.give(one.id, float(value), None, None)
+    found = Results(store).of(store.get("e"))
+    assert [arm["feedback"]["n"] for arm in found["arms"]] == [45, 5]
+    assert found["comparisons"][0]["difference"] == pytest.approx(0.25 * 2 / 2.5)  # 0.25 of 4 + 4, 0 of 1 + 1
 
 
 def test_results_are_the_same_whenever_somebody_looked(store):

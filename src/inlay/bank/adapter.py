@@ -25,8 +25,7 @@ class Part:
     """One method of an adapter: its sites, and float32 parameters (float64 over a float64 base) on the base's device.
 
     `params` maps the path of a site to its parameters by name; those that all sites share stand under "". `constants`
-    are not trained.
-    """
+    are not trained."""
 
     def __init__(self, method: Method, index: int, sites: Sequence[Site], params: dict[str, dict[str, nn.Parameter]]):
         self.method, self.index, self.params = method, index, params
@@ -59,9 +58,7 @@ class Part:
 
     def at(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> Params:
         """All that the method reads at a site, in the dtype of the computation; gradients reach the parameters.
-
-        `cache` is that of one forward. Without gradients, what is cast and derived stays in it.
-        """
+        `cache` is that of one forward. Without gradients, what is cast and derived stays in it."""
         if torch.is_grad_enabled():
             return self._trained(path, dtype, cache)
         spot = self, path, dtype
@@ -75,7 +72,11 @@ class Part:
         return {} if dropout is None else self.method.draw(self.params[""], dropout)
 
     def form(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> LinearForm:
-        return self.method.form(self.at(path, dtype, cache), self.sites[path]).cast(dtype)
+        spot = self, path, dtype, "form"
+        if torch.is_grad_enabled() or spot not in cache:
+            made = self.method.form(self.at(path, dtype, cache), self.sites[path]).cast(dtype)
+            return made if torch.is_grad_enabled() else cache.setdefault(spot, made)
+        return cache[spot]
 
     def _trained(self, path: str, dtype: torch.dtype | None, cache: dict[Any, Any]) -> Params:
         # Sites compute theirs anew, so that a block that is computed again does as much as it did at first.
@@ -232,8 +233,7 @@ class Adapter:
 
     def lay_out(self, dtype: torch.dtype | None, cache: dict[Any, Any], together: Sequence[Adapter] = ()) -> None:
         """Cast the flat tensors of this adapter and of those `together` with it, whose flats have the same shapes, into
-        `cache` (of one forward), where their parts find their parameters.
-        """
+        `cache` (of one forward), where their parts find their parameters."""
         adapters = [self, *together]
         wholes = whole_parameters([adapter.flats for adapter in adapters], dtype)
         if any(part.method.exact for part in self.parts):

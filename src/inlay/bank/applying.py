@@ -29,7 +29,7 @@ from .plan import SitePlan, plan_at
 from .prefix_gates import gating_hook
 from .resting import resting_at, rests
 from .sharing import forms_at, shared_low
-from .steps import InputStep, Step, goes_on, input_step, step_of
+from .steps import InputStep, Step, input_step, step_of
 
 __all__ = ["SiteHooks"]
 
@@ -74,8 +74,6 @@ class SiteHooks:
             hook.remove()
         self._users.clear()
 
-    # ---- hooks
-
     def _hook(self, site: Site) -> None:
         if site.kind == "experts":
             self._stand_in(site)
@@ -110,8 +108,10 @@ class SiteHooks:
             def remember(
                 module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], own: Sequence[str] = tuple(own)
             ) -> None:
-                forward, stream = FORWARD.get(), first_tensor(args, kwargs)
-                if stream is not None and forward is not None and forward.owner is self.bank:
+                forward = FORWARD.get()
+                if forward is None or not forward.streamed or forward.owner is not self.bank:
+                    return
+                if (stream := first_tensor(args, kwargs)) is not None:
                     forward.streams.update((path, stream) for path in own)
 
             self._hooks.append(Hook.before(module, remember, first=True, named=True))
@@ -143,7 +143,7 @@ class SiteHooks:
         if site.path not in self._scaled and not torch.is_grad_enabled():
             return None
         x, forward = first_tensor(args, kwargs), FORWARD.get()
-        if x is not None and forward is not None and goes_on(forward, self.bank):
+        if x is not None and forward is not None and forward.goes_on and forward.owner is self.bank:
             change = self._input_step(site, forward, x)
             return None if change is None else self._reading(forward, module, args, kwargs, x, change(forward, x))
         found = None if x is None else self._scope(site, x)
@@ -170,7 +170,9 @@ class SiteHooks:
         if not isinstance(y, Tensor) or not y.is_floating_point():
             return None
         forward = FORWARD.get()
-        if forward is not None and goes_on(forward, self.bank) and (step := self._step(site, forward, y)) is not None:
+        if forward is not None and forward.goes_on and (step := self._step(site, forward, y)) is not None:
+            if step.idle:
+                return None
             made = step(forward, first_tensor(args, kwargs), y, _fresh(module, y))
             return _instead(out, made)
         found = self._scope(site, y)
@@ -198,6 +200,8 @@ class SiteHooks:
     def _step(self, site: Site, forward: Forward, y: Tensor) -> Step | None:
         """What the site does at every step; None where that has to be found anew."""
         spot = "step", site.path, y.shape, y.dtype
+        if forward.owner is not self.bank:
+            return None
         if spot not in forward.cache:
             found, same = self._scope(site, y), self.base.observed.same_input.get(site.path, ())
             made = Step(site, (), None) if found is None else step_of(*found, y, same, self.bank.adapters)
@@ -205,7 +209,6 @@ class SiteHooks:
         return forward.cache[spot]
 
     def _input_step(self, site: Site, forward: Forward, x: Tensor) -> InputStep | None:
-        """What makes of x what the module reads."""
         spot = "input step", site.path, x.shape, x.dtype
         if spot not in forward.cache:
             found = self._scope(site, x)

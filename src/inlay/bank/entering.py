@@ -30,6 +30,7 @@ from .outside import Outside
 from .pooling import Pooling
 from .recompute import bind_checkpoints
 from .shifting import shifting_hooks
+from .steps import goes_on
 
 __all__ = ["Entering"]
 
@@ -106,10 +107,10 @@ class Entering:
         bind_checkpoints(self._checkpointed)
         if torch.is_grad_enabled():
             self._on_training()
-        training, own = torch.is_grad_enabled(), self._modules[backbone.module]
+        training, own, watched = torch.is_grad_enabled(), self._modules[backbone.module], self.bank.watched(route)
         drops = training and self.base.model.training
-        watched = self.bank.watched(route)
         forward = Forward(self.bank, route, layout, own, training, drops, cache=values, watched=watched)
+        forward.goes_on, forward.streamed = goes_on(forward), self.bank.streamed(route)
         if backbone.embedding is not None:  # what others do to embeddings (LoRA, NEFTune) is done to a row's own tokens
             self._embedders[backbone.embedding].stay_last()
         try:
@@ -136,7 +137,7 @@ class Entering:
     def _behind(self, forward: Forward) -> None:
         """Inside the model's own forward, what runs next is its head."""
         if IN_MODEL.get() is self.bank:  # a copy: blocks that are computed again are inside of the other still
-            FORWARD.set(replace(forward, behind=True))
+            FORWARD.set(replace(forward, behind=True, goes_on=False))
 
     def _values(self, cache: Any) -> dict[Any, Any]:
         """What is computed once: once a forward in training and for a new prompt, so that no change of a parameter is

@@ -122,6 +122,15 @@ class Lookup:
             route.cache["watched"] = {site.module: site.path for site in sites}
         return route.cache["watched"]
 
+    def streamed(self, route: Route) -> bool:
+        """Whether an adapter of the route reads the residual stream beside a sublayer."""
+        if "streamed" not in route.cache:
+            names = {name for blend in route.blends for name, _ in blend}
+            names |= {used for name in names for used in self.adapters[name].uses}
+            sites = (site for name in names for part in self.adapters[name].parts for site in part.sites.values())
+            route.cache["streamed"] = any(site.kind == "sublayer" for site in sites)
+        return route.cache["streamed"]
+
     def compute_shared(self, route: Route, cache: dict[Any, Any], drops: bool) -> None:
         """Compute what the parts' sites share before the backbone runs: once a forward, and in no block that is
         computed again. `drops` is as in `Forward`."""

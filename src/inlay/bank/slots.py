@@ -15,6 +15,7 @@ from inlay.batch.forward import Forward
 from inlay.kernels.bags import Bags, Factors, units
 from inlay.kernels.bottlenecks import Bottlenecks
 from inlay.kernels.rows import Rows
+from inlay.kernels.slot_table import SlotTable
 from inlay.methods.contract import BottleneckForm, LinearForm, Site
 from inlay.sites.site import bare
 
@@ -32,8 +33,11 @@ StepAct = Callable[[Tensor, Tensor | None, Forward], None]
 # ---- linear layers
 
 
-def linear_acts(scope: Scope, layers: Mapping[str, Forms], path: str, vectors: int) -> dict[str, list[StepAct]]:
-    """The acts of the forms at `path`, and of those `layers` that take the same x through D together."""
+def linear_acts(
+    scope: Scope, layers: Mapping[str, Forms], path: str, vectors: int, owners: Mapping[int, object]
+) -> dict[str, list[StepAct]]:
+    """The acts of the forms at `path`, and of those `layers` that take the same x through D together. `owners` are the
+    adapters that the shares belong to."""
     ranks = {name: _ranks(forms) for name, forms in layers.items()}
     own = ranks[path]
     alike = [name for name in layers if ranks[name] == own]
@@ -41,7 +45,13 @@ def linear_acts(scope: Scope, layers: Mapping[str, Forms], path: str, vectors: i
     if _one_by_one([(rank, _count(scope, number, vectors)) for number, rank in own.items()]):
         found[path] += [_Product.of(layers[path][n], _rows(scope, [n], vectors, layers[path])) for n in own]
     else:
-        bags = _bags(scope, [layers[name] for name in alike], list(own), vectors)
+        tables = getattr(scope.layout, "tables", None)
+        if tables is None:
+            bags = _bags(scope, [layers[name] for name in alike], list(own), vectors)
+        else:
+            dtype = next(iter(layers[path].values())).down
+            table = tables.setdefault((*alike, None if dtype is None else dtype.dtype), SlotTable())
+            bags = _placed(scope, table, [layers[name] for name in alike], {n: owners[n] for n in own}, vectors)
         found = {name: [_Bagged(bags, layer, name == alike[-1])] for layer, name in enumerate(alike)}
     for name, acts in found.items():
         acts += _scalings(scope, layers[name], vectors)
@@ -121,6 +131,18 @@ def _bags(scope: Scope, layers: Sequence[Forms], numbers: Sequence[int], vectors
         for start, stop in scope.spans(number, vectors):
             slots[start:stop] = [own] * (stop - start)
     return Bags.of(slots, [[_factors(forms[number]) for number in numbers] for forms in layers])
+
+
+def _placed(
+    scope: Scope, table: SlotTable, layers: Sequence[Forms], owners: Mapping[int, object], vectors: int
+) -> Bags:
+    """The same, of products in a table that stays."""
+    slots: list[tuple[int, ...]] = [()] * vectors
+    for number, owner in owners.items():
+        own = table.place(owner, lambda number=number: [_factors(forms[number]) for forms in layers])
+        for start, stop in scope.spans(number, vectors):
+            slots[start:stop] = [own] * (stop - start)
+    return table.bags(slots)
 
 
 def _factors(form: LinearForm) -> Factors:

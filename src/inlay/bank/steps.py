@@ -28,12 +28,10 @@ SPREAD = 256
 """The same for norms and sublayers: a norm of a query's heads has a vector for each head."""
 
 
-def goes_on(forward: Forward | None, owner: object) -> bool:
-    """Whether a forward of `owner`'s base goes on from a cache, without gradients, noise and autocast."""
+def goes_on(forward: Forward) -> bool:
+    """Whether a forward goes on from what was read before, without gradients, noise and autocast."""
     return (
-        forward is not None
-        and forward.owner is owner
-        and not (forward.training or forward.behind)
+        not forward.training
         and forward.layout.continued
         and forward.route.noise is None
         and not torch.is_grad_enabled()
@@ -48,6 +46,10 @@ class Step:
     site: Site
     acts: Sequence[StepAct]
     rest: SitePlan | None
+
+    @property
+    def idle(self) -> bool:
+        return not self.acts and self.rest is None
 
     def __call__(self, forward: Forward, x: Tensor | None, y: Tensor, fresh: Tensor | None) -> Tensor:
         """y (..., width), changed; written into `fresh`, which is y, where nobody else holds it. x is the module's
@@ -123,7 +125,8 @@ def _linear(
             own = plan if other == path else plan_at(other, scope.route, scope.layout.blends, adapters)
             if own is not None and (other == path or not (own.scaled or plan.scaled)):
                 layers[other] = {n: act.part.form(other, y.dtype, cache) for n, act in own.forms}
-        for other, acts in linear_acts(scope, layers, path, vectors).items():
+        owners = {n: act.adapter for n, act in plan.forms}
+        for other, acts in linear_acts(scope, layers, path, vectors, owners).items():
             cache["acts", other, vectors, y.dtype] = acts
     return list(cache[spot])
 

@@ -25,7 +25,8 @@ class Forward:
     `model.train()`. `streams` holds the residual stream of each sublayer, and the queries of the attention modules
     that are `watched`, by path; `inputs` what a site's first hook leaves to its second, `cache` what is computed once a
     forward; `behind` is set outside of the backbone: while its head runs or, where there is a `before`, what comes
-    before it.
+    before it. It `goes_on` where all rows do from what was read before, without gradients, noise and autocast; it is
+    `streamed` where an adapter reads residual streams.
     """
 
     owner: object
@@ -40,6 +41,8 @@ class Forward:
     noisy: bool = False
     behind: bool = False
     before: Any = None
+    goes_on: bool = False
+    streamed: bool = True
     watched: Mapping[nn.Module, str] = field(default_factory=dict)
 
     @property

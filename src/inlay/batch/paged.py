@@ -26,11 +26,12 @@ __all__ = ["Going", "PastLayout"]
 @dataclass(frozen=True, eq=False)
 class Going:
     """The pasts of a stream's segments, in a store that has room for what is new. `values` is what forwards of the same
-    rows, in the same order, need not compute again."""
+    rows, in the same order, need not compute again; `tables` hold adapters for rows in any company."""
 
     store: Store
     pasts: Sequence[Past]
     values: dict[Any, Any]
+    tables: dict[Any, Any]
 
 
 class PastLayout(PackedLayout):
@@ -61,6 +62,10 @@ class PastLayout(PackedLayout):
         self.continued = self.singles == len(self.lengths)
         self._turns: dict[nn.Module, int] = {}
         self._laid: _Laid | None = None
+
+    @property
+    def tables(self) -> dict[Any, Any]:
+        return self.going.tables
 
     @property
     def memories(self) -> list[dict[Any, Any]]:

@@ -85,7 +85,7 @@ class Decoder:
         self.rows: list[Running] = []
         self._flight: tuple[tuple[Running, ...], Flight] | None = None
         self._made, self._count, self.sent_back = Made(), 0, 0  # the last: rows that made room
-        self._known: Flight | None = None
+        self._known, self._tables = None, {}
 
     # ---- rows
 
@@ -264,7 +264,7 @@ class Decoder:
         return self._flight[1]
 
     def _begun(self, rows: list[Running], counts: Sequence[int], ends: Sequence[bool]) -> Flight:
-        going = Going(self.store, [row.past for row in rows], dict(self._made))
+        going = Going(self.store, [row.past for row in rows], dict(self._made), self._tables)
         return self.bank.going_on([row.route for row in rows], counts, [int(end) for end in ends], going)
 
     def _run(self, flight: Flight, rows: list[Running], counts: Sequence[int], heads: Sequence[int]) -> Tensor:

@@ -20,10 +20,13 @@ LONGEST = 200
 
 @dataclass(frozen=True)
 class Experiment:
-    """An alias `name`, and how often each of its `arms` answers: weights of 0 or more, of any sum."""
+    """An alias `name`, and how often each of its `arms` answers: weights of 0 or more, of any sum. `phase` counts how
+    often arms or weights have changed.
+    """
 
     name: str
     arms: Mapping[str, float]
+    phase: int = 0
 
 
 @dataclass(eq=False)
@@ -34,6 +37,7 @@ class Trial:
     arm: str
     unit: bytes
     id: str = ""
+    phase: int = 0
 
 
 def make_experiment(

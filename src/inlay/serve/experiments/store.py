@@ -24,14 +24,17 @@ __all__ = ["Counts", "Given", "Measured", "Store"]
 log = logging.getLogger("inlay.serve")
 
 TABLES = """
-CREATE TABLE IF NOT EXISTS experiments (name TEXT PRIMARY KEY, arms TEXT NOT NULL, made REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS experiments (name TEXT PRIMARY KEY, arms TEXT NOT NULL, phase INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS phases (
+    experiment TEXT NOT NULL, phase INTEGER NOT NULL, arms TEXT NOT NULL, PRIMARY KEY (experiment, phase));
 CREATE TABLE IF NOT EXISTS answers (
-    id TEXT PRIMARY KEY, experiment TEXT NOT NULL, arm TEXT NOT NULL, key TEXT NOT NULL, unit BLOB NOT NULL,
-    at REAL NOT NULL);
+    id TEXT PRIMARY KEY, experiment TEXT NOT NULL, arm TEXT NOT NULL, phase INTEGER NOT NULL, key TEXT NOT NULL,
+    unit BLOB NOT NULL, at REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS answers_at ON answers (at);
 CREATE TABLE IF NOT EXISTS feedback (
     number INTEGER PRIMARY KEY AUTOINCREMENT, answer TEXT NOT NULL UNIQUE, experiment TEXT NOT NULL, arm TEXT NOT NULL,
-    unit BLOB NOT NULL, value REAL NOT NULL, comment TEXT, at REAL NOT NULL, first INTEGER NOT NULL);
+    phase INTEGER NOT NULL, unit BLOB NOT NULL, value REAL NOT NULL, comment TEXT, at REAL NOT NULL,
+    first INTEGER NOT NULL);
 CREATE UNIQUE INDEX IF NOT EXISTS feedback_first ON feedback (experiment, unit) WHERE first;
 CREATE INDEX IF NOT EXISTS feedback_arm ON feedback (experiment, arm, number);
 CREATE TABLE IF NOT EXISTS counts (
@@ -75,10 +78,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Given:
-    """Feedback to one answer: `value` from 0 to 1. `number` grows; `first` says that its unit gave none before."""
+    """Feedback to one answer: `value` from 0 to 1. `number` grows; `phase` is the experiment's when it was asked;
+    `first` says that its unit gave none before."""
 
     number: int
     arm: str
+    phase: int
     value: float
     first: bool
 
@@ -120,27 +125,26 @@ class Store:
         """Set an experiment; what its arms have seen stays. Returns whether its name is new."""
         arms = json.dumps(dict(experiment.arms))
         with self._whole():
-            row = self._base.execute("SELECT 1 FROM experiments WHERE name = ?", (experiment.name,)).fetchone()
-            self._base.execute(
-                "INSERT INTO experiments VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET arms = excluded.arms",
-                (experiment.name, arms, time.time()),
-            )
+            query = "SELECT arms, phase FROM experiments WHERE name = ?"
+            row = self._base.execute(query, (experiment.name,)).fetchone()
+            phase = 0 if row is None else row[1] + (json.loads(row[0]) != experiment.arms)
+            self._base.execute("REPLACE INTO experiments VALUES (?, ?, ?)", (experiment.name, arms, phase))
+            self._base.execute("REPLACE INTO phases VALUES (?, ?, ?)", (experiment.name, phase, arms))
         return row is None
 
     def get(self, name: str) -> Experiment | None:
-        rows = self._read("SELECT name, arms FROM experiments WHERE name = ?", _text(name))
-        return Experiment(rows[0][0], json.loads(rows[0][1])) if rows else None
+        rows = self._read("SELECT name, arms, phase FROM experiments WHERE name = ?", _text(name))
+        return _experiment(*rows[0]) if rows else None
 
     def all(self) -> list[Experiment]:
         """By name."""
-        rows = self._read("SELECT name, arms FROM experiments ORDER BY name")
-        return [Experiment(name, json.loads(arms)) for name, arms in rows]
+        return [_experiment(*row) for row in self._read("SELECT name, arms, phase FROM experiments ORDER BY name")]
 
     def drop(self, name: str) -> bool:
         """Forget an experiment and all that it has seen. Returns whether it was there."""
         with self._whole():
             there = self._base.execute("DELETE FROM experiments WHERE name = ?", (_text(name),)).rowcount > 0
-            for table in ("answers", "feedback", "counts"):
+            for table in ("phases", "answers", "feedback", "counts"):
                 self._base.execute(f"DELETE FROM {table} WHERE experiment = ?", (_text(name),))
         return there
 
@@ -148,9 +152,9 @@ class Store:
 
     def began(self, trial: Trial, key: str) -> None:
         """Keep which arm an answer has, before anybody learns its id."""
-        values = (trial.id, trial.experiment, trial.arm, key, trial.unit, time.time())
+        values = (trial.id, trial.experiment, trial.arm, trial.phase, key, trial.unit, time.time())
         with self._whole():
-            self._base.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)", values)
+            self._base.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def ended(self, trial: Trial, measured: Measured) -> None:
         """Count a request that began; nothing where its experiment has been dropped meanwhile."""
@@ -181,12 +185,12 @@ class Store:
         stands: the first one that was given does. None where there is no such answer."""
         with self._whole():
             row = self._base.execute(
-                "SELECT experiment, arm, unit FROM answers WHERE id = ? AND (? IS NULL OR key = ?)",
+                "SELECT experiment, arm, phase, unit FROM answers WHERE id = ? AND (? IS NULL OR key = ?)",
                 (_text(answer), key, key),
             ).fetchone()
             if row is None:
                 return None
-            experiment, arm, unit = row
+            experiment, arm, phase, unit = row
             known = self._base.execute("SELECT value FROM feedback WHERE answer = ?", (answer,)).fetchone()
             if known is not None:
                 return arm, known[0] == value
@@ -194,9 +198,9 @@ class Store:
                 "SELECT 1 FROM feedback WHERE experiment = ? AND unit = ? AND first", (experiment, unit)
             ).fetchone()
             self._base.execute(
-                "INSERT INTO feedback (answer, experiment, arm, unit, value, comment, at, first) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (answer, experiment, arm, unit, value, comment and _text(comment), time.time(), before is None),
+                "INSERT INTO feedback (answer, experiment, arm, phase, unit, value, comment, at, first) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (answer, experiment, arm, phase, unit, value, comment and _text(comment), time.time(), before is None),
             )
         return arm, True
 
@@ -210,9 +214,14 @@ class Store:
     def feedback(self, name: str) -> list[Given]:
         """In the order in which it came."""
         rows = self._read(
-            "SELECT number, arm, value, first FROM feedback WHERE experiment = ? ORDER BY number", _text(name)
+            "SELECT number, arm, phase, value, first FROM feedback WHERE experiment = ? ORDER BY number", _text(name)
         )
-        return [Given(number, arm, value, bool(first)) for number, arm, value, first in rows]
+        return [Given(number, arm, phase, value, bool(first)) for number, arm, phase, value, first in rows]
+
+    def phases(self, name: str) -> dict[int, dict[str, float]]:
+        """The weights of each phase, by its number."""
+        rows = self._read("SELECT phase, arms FROM phases WHERE experiment = ? ORDER BY phase", _text(name))
+        return {phase: json.loads(arms) for phase, arms in rows}
 
     def close(self) -> None:
         """What has ended is still counted."""
@@ -246,6 +255,10 @@ class Store:
             except sqlite3.Error as error:
                 said = f"the experiments in {self.path} cannot be read or written ({error})"
                 raise InlayError(said, "Look at the file and its disk.") from None
+
+
+def _experiment(name: str, arms: str, phase: int) -> Experiment:
+    return Experiment(name, json.loads(arms), phase)
 
 
 def _counted(measured: Measured) -> Mapping[str, float]:

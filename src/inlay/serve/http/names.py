@@ -90,7 +90,9 @@ class Names:
         except Problem:
             said = f"the arm {arm!r} of the experiment {experiment.name!r} is not served any more. Set other arms."
             raise Problem(503, said, "arm_not_served", "model") from None
-        return Named(own.route, experiment.name, own.adapters, Trial(experiment.name, arm, unit))
+        return Named(
+            own.route, experiment.name, own.adapters, Trial(experiment.name, arm, unit, phase=experiment.phase)
+        )
 
     def direct(self, model: Model, key: Key) -> Named:
         """What a name means that is no experiment's. Raises: Problem, as `read` does."""

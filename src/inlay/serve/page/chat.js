@@ -113,7 +113,8 @@ async function write(model, slot, prompt, settings, shown, signal) {
     fine = true;
   } catch (error) {
     const stopped = error.name === "AbortError";
-    say(shown.note, stopped ? "Stopped." : error.message, !stopped);
+    const hint = earlier.length && error.status === 400 ? " A new chat sends the prompt alone." : "";
+    say(shown.note, stopped ? "Stopped." : error.message + hint, !stopped);
     fine = stopped;
   }
   shown.written.setAttribute("aria-busy", "false");
@@ -129,8 +130,7 @@ function judging(model, { id, arm }) {
     button.addEventListener("click", async () => {
       try {
         await ask("v1/feedback", { id, thumbs });
-        say(state, text + " it is. " + arm + " wrote this.");
-        buttons.forEach((one) => (one.disabled = true));
+        say(state, text + ", noted. The arm " + arm + " wrote this.");
       } catch (error) {
         say(state, error.message, true);
       }

@@ -1,0 +1,75 @@
+"""The low-rank products of adapters that come and go: each has slots in tables that stay, whoever else is there.
+
+What `inlay.kernels.bags` lays out for one batch is copied once for each adapter here, and not again when rows of other
+adapters join or leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from .bags import RANK, Bags, Factors, units
+
+__all__ = ["SlotTable"]
+
+GROWTH = 1.25
+"""By how much tables grow, at least, when no slot is free."""
+
+
+class SlotTable:
+    """The products of one x at the layers that read it; see `Bags`. Owners that nobody else knows any more give their
+    slots back."""
+
+    def __init__(self) -> None:
+        self._slots: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
+        self._downs: Tensor | None = None
+        self._ups: list[Tensor] = []
+        self._room = 0
+
+    def place(self, owner: Any, products: Callable[[], Sequence[Factors]]) -> tuple[int, ...]:
+        """The slots of an owner, whose `products` at the layers are asked for and written there when it comes first."""
+        known = self._slots.get(owner)
+        if known is None:
+            made = products()
+            known = self._slots[owner] = self._free(made)
+            for layer, (down, up, scale) in enumerate(made):
+                self._write(known, layer, down, up, scale)
+        return known
+
+    def bags(self, slots: Sequence[tuple[int, ...]]) -> Bags:
+        """The products of vectors that go through `slots`."""
+        assert self._downs is not None
+        return Bags(tuple(slots), self._downs, tuple(self._ups))
+
+    def _free(self, products: Sequence[Factors]) -> tuple[int, ...]:
+        count = units(len(products[0][0]))
+        used = {slot for slots in self._slots.values() for slot in slots}
+        free = [slot for slot in range(self._room) if slot not in used]
+        if len(free) < count:
+            first = self._room
+            self._grow(products, max(self._room + count - len(free), int(GROWTH * self._room)))
+            free += range(first, self._room)
+        return tuple(free[:count])
+
+    def _grow(self, products: Sequence[Factors], room: int) -> None:
+        down, width = products[0][0], products[0][0].shape[1]
+        before, tables = self._room, [] if self._downs is None else [self._downs, *self._ups]
+        shapes = [(room * width, RANK * len(products)), *((room * RANK, len(up)) for _, up, _ in products)]
+        whole = [down.new_zeros(shape) for shape in shapes]
+        for new, old, each in zip(whole, tables, (width, *[RANK] * len(products)), strict=False):
+            new[: before * each] = old
+        self._downs, self._ups, self._room = whole[0], whole[1:], room
+
+    def _write(self, slots: tuple[int, ...], layer: int, down: Tensor, up: Tensor, scale: float) -> None:
+        assert self._downs is not None
+        width, columns = down.shape[1], slice(layer * RANK, (layer + 1) * RANK)
+        rows = up.t() * scale
+        for unit, slot in enumerate(slots):
+            own = slice(unit * RANK, (unit + 1) * RANK)
+            place = self._downs[slot * width : (slot + 1) * width, columns]
+            place.zero_()[:, : len(down[own])] = down[own].t()
+            self._ups[layer][slot * RANK : (slot + 1) * RANK].zero_()[: len(rows[own])] = rows[own]
