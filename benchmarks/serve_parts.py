@@ -194,6 +194,7 @@ def running(work: Path, base: str, dtype: str, *, collects: bool = False, **flag
     folder.mkdir(exist_ok=True)
     given = {"adapters": folder, "base": base, "base-name": "base", "dtype": dtype, "port": 0, "keys": keys, **flags}
     code = (COLLECTS if collects else "") + LAUNCH
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # or the server would outlive the benchmark
     command = [sys.executable, "-c", code, "serve", "--json", *(f"--{k}={v}" for k, v in given.items())]
     with (work / "serve.log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)

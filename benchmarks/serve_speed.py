@@ -26,7 +26,7 @@ from typing import Any
 
 from pages import write_between
 from serve_clients import Answer, Claims, ask, client_of, shares
-from serve_parts import Running, console, drawn_loras, planted, running, tiny_base
+from serve_parts import Planted, Running, console, drawn_loras, planted, running, tiny_base
 from serve_traffic import Changes, Judge, planted_ask, traffic
 
 CLIENTS, PROMPT, NEW = 32, 32, 48
@@ -34,7 +34,8 @@ SHORT = 16
 """Tokens of an answer to the tenants of the third part."""
 SHARE = 0.08
 """What one tenant's rate is of what the server can do."""
-MANY = 64
+MANY, WORDS = 64, 32
+"""Clients of the second part, and words that its adapters say."""
 BEGIN, END = "<!-- serve: begin -->", "<!-- serve: end -->"
 Cell = dict[str, Any]
 
@@ -63,19 +64,18 @@ class Alone:
     def __init__(self, base: str, dtype: str, folder: Path) -> None:
         import inlay
         from inlay.bases.load import load_base
+        from inlay.runtime.decode import Decoder
 
         self.bank = inlay.attach(load_base(base, dtype).model)
         self.names = drawn_loras(self.bank, CLIENTS)
         self.vocabulary = self.bank.model.get_input_embeddings().num_embeddings  # pyright: ignore
         for name in self.names:
             self.bank.save(name, folder / name)
+        self.decoder = Decoder(self.bank, 2**30)
 
     def seconds(self, prompts: Sequence[list[int]]) -> float:
         """Of all answers, from the first prompt that is read to the last token."""
-        from inlay.runtime.decode import Decoder
-
-        decoder = Decoder(self.bank, 2**30)
-        begun = time.perf_counter()
+        decoder, begun = self.decoder, time.perf_counter()
         for name, ids in zip(self.names, prompts, strict=True):
             decoder.add(name, ids, NEW)
         left = CLIENTS
@@ -129,7 +129,7 @@ def throughput(a: argparse.Namespace, server: Running, key: str, alone: Alone) -
 # ---- 2: adapters that come and go
 
 
-async def changing(a: argparse.Namespace, server: Running, keys: Mapping[str, str], words: Any, size: int) -> Cell:
+async def changing(a: argparse.Namespace, server: Running, keys: Mapping[str, str], words: Planted, size: int) -> Cell:
     """Counts of answers and changes, and times in milliseconds."""
     claims = Claims()
     async with client_of(server, keys["admin"]) as admin, client_of(server, keys["clients"]) as http:
@@ -149,11 +149,12 @@ async def changing(a: argparse.Namespace, server: Running, keys: Mapping[str, st
 
 async def asked(http: Any, model: str, rate: float, until: float, size: int, own: random.Random) -> list[Answer]:
     """Requests that come by chance, `rate` a second, whether those before have been answered or not."""
-    tasks = []
-    while (now := time.perf_counter()) < until:
+    tasks, next_ = [], time.perf_counter() + own.expovariate(rate)
+    while next_ < until:
+        await asyncio.sleep(max(0.0, next_ - time.perf_counter()))
         prompt = [own.randrange(3, size) for _ in range(PROMPT)]
         tasks.append(asyncio.ensure_future(ask(http, model, prompt, SHORT)))
-        await asyncio.sleep(min(own.expovariate(rate), max(0.0, until - now)))
+        next_ += own.expovariate(rate)
     return list(await asyncio.gather(*tasks))
 
 
@@ -253,17 +254,17 @@ def measure(a: argparse.Namespace, work: Path, found: Cell) -> None:
     from inlay.serve.http.limits import Rate
 
     base, dtype = (str(tiny_base(work / "base")), "float32") if a.tiny else (a.base, a.dtype)
+    parts = a.parts.split(",")
     alone = Alone(base, dtype, work / "adapters")
-    words = planted(base, dtype, work / "adapters", 48)
+    words = planted(base, dtype, work / "adapters", WORDS) if "2" in parts else None
     made = Keys(work / "keys.sqlite", make=True)
     keys = {name: made.add(name, None, None, name == "admin") for name in ("admin", "clients", "steady", "free")}
-    parts = a.parts.split(",")
     with running(work, base, dtype) as server:
         speed = found.get("throughput")
         if "1" in parts or ("3" in parts and speed is None):
             speed = found["throughput"] = throughput(a, server, keys["clients"], alone)
             _keep(a, found)
-        if "2" in parts:
+        if words is not None:
             found["changing"] = asyncio.run(changing(a, server, keys, words, alone.vocabulary))
             _keep(a, found)
         if "3" in parts and speed is not None:

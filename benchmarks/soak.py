@@ -36,7 +36,7 @@ from serve_clients import Claims, ask, client_of
 from serve_parts import Planted, Running, planted, running, tiny_base
 from serve_traffic import Changes, Judge, planted_ask, traffic
 
-CLIENTS = 32
+CLIENTS, WORDS = 32, 32
 BLOCKS, T = 10, 2.306
 """Blocks of samples, and Student's t of 95% with two fewer degrees of freedom."""
 WARM = 0.2
@@ -195,7 +195,7 @@ def measure(a: argparse.Namespace, work: Path) -> dict[str, Any]:
     from inlay.serve.http.keys import Keys
 
     base, dtype = (str(tiny_base(work / "base")), "float32") if a.tiny else (a.base, a.dtype)
-    words = planted(base, dtype, work / "adapters", 48)
+    words = planted(base, dtype, work / "adapters", WORDS)
     size = sum(path.stat().st_size for path in (work / "adapters").rglob("*.safetensors"))
     made = Keys(work / "keys.sqlite", make=True)
     keys = {name: made.add(name, None, None, name == "admin") for name in ("admin", "clients")}

@@ -137,8 +137,7 @@ CHOICES = [" positive", " a negative answer"]
 @pytest.fixture
 def evaluated(running, harness, base_folder, tmp_path):
     """A function that runs a task, which lies on the disk with its rows, on a model of the server."""
-    from lm_eval.tasks import TaskManager
-
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     common = {
@@ -165,7 +164,7 @@ def evaluated(running, harness, base_folder, tmp_path):
         }  # fmt: skip
         found = harness.simple_evaluate(
             model="local-completions", model_args=given, tasks=[task], log_samples=True, bootstrap_iters=0,
-            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+            task_manager=manager(include_path=str(tmp_path), include_defaults=False),
         )  # fmt: skip
         return found["results"][task], sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
 

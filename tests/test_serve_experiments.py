@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import sqlite3
@@ -16,7 +17,9 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
+from typer.testing import CliRunner
 
+from inlay.cli.app import app
 from inlay.errors import UsageError
 from inlay.serve.experiments.arms import Experiment, Trial, draw, make_experiment, unit_of
 from inlay.serve.experiments.results import Results
@@ -88,7 +91,7 @@ def test_wrong_experiments_are_refused(name, arms, said):
 # ---- tests that may be looked at all the time
 
 
-def looked_at(one, two, mean, runs=120, units=240, step=8):
+def looked_at(one, two, mean, runs=120, units=240, step=12):
     """How often, looked at after every few units, our test saw a difference, an interval missed `mean`, and a usual z
     test saw a difference."""
     random = np.random.default_rng(5)
@@ -118,7 +121,7 @@ def test_who_peeks_is_not_fooled():
     for one, mean in ((thumbs(0.5), 0.5), (thumbs(0.9), 0.9), (lambda r, n: r.beta(2, 1, n), 2 / 3)):
         seen, missed, usual = looked_at(one, one, mean)
         assert seen <= 13 / 120 and missed <= 13 / 120
-        assert usual > 0.2  # what the same looks do to a test that is made for one look
+        assert usual > 0.15  # what the same looks do to a test that is made for one look
 
 
 def test_what_drifts_while_weights_move_is_no_difference():
@@ -144,8 +147,8 @@ def test_phases_add_up():
     ps = []
     for _ in range(3):
         pair = Bets(), Bets()
-        pair[0].add(thumbs(0.8)(random, 120))
-        pair[1].add(thumbs(0.6)(random, 120))
+        pair[0].add(thumbs(0.9)(random, 120))
+        pair[1].add(thumbs(0.7)(random, 120))
         phases.append(pair)
         (low, high), p = difference(phases)
         assert low <= -0.2 <= high
@@ -405,7 +408,7 @@ def test_sessions_stay_too_and_a_header_says_the_arm(ask, films):
         ("chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
     ):
         seen = {}
-        for session in range(8):
+        for session in range(6):
             made = [
                 ask("POST", path, {"model": "films", **body}, "ann", **{"x-session": f"s{session}"}) for _ in range(2)
             ]
@@ -557,3 +560,26 @@ def test_a_server_without_a_file_says_so(base_folder, running):
         for method, path, body in (("GET", "experiments", None), ("POST", "feedback", {"id": "a", "value": 1})):
             answer = httpx.request(method, f"{other.url}/v1/{path}", json=body)
             assert answer.status_code == 404 and "--state FILE" in answer.text
+
+
+def test_the_command_keeps_what_it_answered_whatever_ends_it(base_folder, running, tmp_path):
+    given = ["serve", "--adapters", running.folder, "--base", base_folder, "--port", "0", "--json"]
+    given = [str(one) for one in (*given, "--experiments", tmp_path / "ab.yaml")]
+    (tmp_path / "ab.yaml").write_text("films: {plain: 0.9, v9: 0.1}")
+    refused = CliRunner().invoke(app, given)
+    assert refused.exit_code == 2 and "'v9' of 'films' is no model here" in refused.stderr
+    (tmp_path / "ab.yaml").write_text("films: {plain: 0.5, chats: 0.5}")
+    process = subprocess.Popen([sys.executable, "-m", "inlay", *given], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        with httpx.Client(base_url=json.loads(process.stdout.readline())["url"], timeout=30) as client:
+            made = client.post("/v1/completions", json={"model": "films", **PROMPT}).json()
+            assert client.post("/v1/feedback", json={"id": made["id"], "value": 0.25}).status_code == 200
+    finally:
+        process.kill()
+        process.communicate()
+    store = Store(tmp_path / "ab.sqlite")
+    (kept,) = store.feedback("films")
+    assert (kept.arm, kept.value, kept.first) == (made["system_fingerprint"], 0.25, True)
+    assert store.get("films").arms == {"plain": 0.5, "chats": 0.5}
+    store.close()

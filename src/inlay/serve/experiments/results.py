@@ -76,7 +76,7 @@ class _Seen:
     def pairs(self, first: str, second: str) -> list[tuple[Bets, Bets]]:
         """Bets of the phases in which both arms could have values: which have some is no matter of what they are."""
         both = [phase for phase, arms in self.phases.items() if arms.get(first) and arms.get(second)]
-        return [tuple(self.bets.get((phase, arm)) or Bets() for arm in (first, second)) for phase in both]
+        return [(self.bets.get((phase, first)) or Bets(), self.bets.get((phase, second)) or Bets()) for phase in both]
 
 
 def _arm(name: str, weight: float, total: float, counts: Counts, seen: _Seen) -> dict[str, Any]:

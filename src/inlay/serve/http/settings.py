@@ -85,7 +85,7 @@ class ServeSettings(Limits):
     drop_key: Annotated[str | None, Help("take a key out of --keys, and end", GUARD)] = None
     adapters_of: Annotated[Sequence[str], From(_listed), Help("what the key may use: a,b; all where unset", GUARD)] = ()
     rate: Annotated[str | None, From(_rate), Help("requests that the key may make: 5/s, 100/m, 2000/h", GUARD)] = None
-    admin: Annotated[bool, Help("the key may load and unload adapters, and read the metrics", GUARD)] = False
+    admin: Annotated[bool, Help("the key may load adapters, set experiments and read metrics", GUARD)] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 import { ask } from "./api.js";
 import { $, el, percent, seconds, span } from "./dom.js";
 
-const HEADS = ["arm", "share", "requests", "errors", "feedback, with its interval", "first token after", "between tokens"];
+const HEADS = ["arm", "feedback, with its interval", "share", "requests", "errors", "first token after", "between tokens"];
 let shown = "";
 
 /** Show the experiments, drawn anew only where something has changed. */
@@ -24,9 +24,9 @@ function experiment(one) {
   const rows = one.arms.map((arm) => {
     const cells = [percent(arm.share), arm.requests, arm.errors].map((value) => el("td", { class: "n", text: String(value) }));
     const times = ["ttft_ms", "between_ms"].map((name) => el("td", { text: time(arm[name], arm[name + "_interval"]) }));
-    return el("tr", {}, el("th", { scope: "row", text: arm.name }), ...cells, feedback(arm.feedback), ...times);
+    return el("tr", {}, el("th", { scope: "row", text: arm.name }), feedback(arm.feedback), ...cells, ...times);
   });
-  const heads = HEADS.map((text, n) => el("th", { scope: "col", class: n > 0 && n < 4 ? "n" : null, text }));
+  const heads = HEADS.map((text, n) => el("th", { scope: "col", class: n > 1 && n < 5 ? "n" : null, text }));
   const table = el("table", {}, el("caption", { text: one.name }), el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows));
   const place = el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Arms of " + one.name }, table);
   const level = Number.isFinite(one.level) ? "Intervals of " + Number((one.level * 100).toFixed(2)) + " %; those of feedback hold however often one looks." : "";

@@ -68,5 +68,5 @@ startAdapters(refresh);
 if (key.get()) $("key-form").hidden = false;
 refresh();
 setInterval(() => {
-  if (!key.get() && !$("tenant").hidden && document.visibilityState === "visible") refresh();
+  if (!key.get() && !$("tenant").hidden && document.hasFocus()) refresh();
 }, AGAIN);
