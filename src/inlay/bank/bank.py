@@ -167,7 +167,7 @@ class Bank(Combines, Goes):
     def remove(self, name: str) -> None:
         """Forget an adapter; the rest are not touched. Raises: UsageError where an open route uses it."""
         adapter = self._named(name)
-        if rows := self._lookup.routing.in_flight[name]:
+        if rows := self.rows_in_flight(name):
             what = f"adapter {name!r} is in use by {rows} {'row' if rows == 1 else 'rows'} in flight"
             raise UsageError(what, "Wait until they have ended, or cancel them.")
         if self._lookup.routing.uses(name):
