@@ -99,7 +99,7 @@ class Bench:
                 decoder.add(routes[0], self.prompts[len(times)].tolist(), NEW, scope=f"later {len(times)}")
             begun = time.perf_counter()
             rows, logits = decoder.step()
-            chosen = [] if logits is None else logits.argmax(-1).tolist()
+            chosen = [] if logits is None else logits.max(-1).indices.tolist()  # as `sample` does for greedy rows
             times.append(time.perf_counter() - begun)
             for row, token in zip(rows, chosen, strict=True):
                 decoder.write(row, token)

@@ -27,9 +27,10 @@ from .inside import Second, laid_out
 from .lookup import Lookup
 from .plan import SitePlan, plan_at
 from .prefix_gates import gating_hook
+from .ready import note_ready
 from .resting import resting_at, rests
 from .sharing import forms_at, shared_low
-from .steps import InputStep, Step, input_step, step_of
+from .steps import InputStep, Step, fresh, input_step, step_of
 
 __all__ = ["SiteHooks"]
 
@@ -171,10 +172,11 @@ class SiteHooks:
             return None
         forward = FORWARD.get()
         if forward is not None and forward.goes_on and (step := self._step(site, forward, y)) is not None:
-            if step.idle:
-                return None
-            made = step(forward, first_tensor(args, kwargs), y, _fresh(module, y))
-            return _instead(out, made)
+            x = first_tensor(args, kwargs)
+            if x is not None and out is y and len(args) == 1 and not kwargs:
+                change = forward.cache.get(("input step", site.path, x.shape, x.dtype))
+                note_ready(forward, module, x, change, step)
+            return None if step.idle else _instead(out, step(forward, x, y, fresh(module, y)))
         found = self._scope(site, y)
         if found is None:
             return None
@@ -241,10 +243,10 @@ class SiteHooks:
         products, scaled = _computed(plan, scope, vectors, forms, low is not None)
         if products or rides_along:
             weight: Any = module.weight if rides_along else None
-            fresh = _fresh(module, y)
+            own = fresh(module, y)
             with torch.autocast(y.device.type, enabled=False):
-                into = y if fresh is None else fresh
-                made = low_rank(x.to(y.dtype), into, products, weight, fresh is not None, low)
+                into = y if own is None else own
+                made = low_rank(x.to(y.dtype), into, products, weight, own is not None, low)
             y = made.view(y.shape)
         return scale_shift(y.view(-1, y.shape[-1]), scaled).view(y.shape) if scaled else y
 
@@ -282,14 +284,6 @@ def _instead(out: Any, made: Tensor) -> Any:
     if isinstance(out, list):
         return [made, *out[1:]]
     return (made, *out[1:]) if isinstance(out, tuple) else made
-
-
-def _fresh(module: nn.Module, y: Tensor) -> Tensor | None:
-    """The contiguous tensor that y is all of, where a plain linear layer has made it and nobody else holds it."""
-    whole = y if y._base is None else y._base
-    if type(module) is not nn.Linear or (torch.is_grad_enabled() and y.requires_grad):
-        return None
-    return whole if whole.numel() == y.numel() and whole.is_contiguous() and whole.shape[-1] == y.shape[-1] else None
 
 
 def _untouched(module: nn.Module) -> bool:

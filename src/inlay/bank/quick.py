@@ -16,7 +16,14 @@ from inlay.kernels.fused import fused_modules
 from inlay.kernels.norm import epsilon
 from inlay.kernels.standin import StandIn
 
+from .ready import hooks_around, ready_at
+from .steps import fresh
+
 __all__ = ["Quick"]
+
+
+CALL = "_call_impl"
+"""What torch runs when a module is called: its hooks, and its forward among them."""
 
 
 class Quick:
@@ -38,8 +45,13 @@ class Quick:
         for module in self._model.modules():
             if type(module) is nn.Linear and module.weight.device.type == "cpu":
                 self._layers.append(FewRows(module, copies))
-                self._standins.append(StandIn(module, _chosen(self._layers[-1])))
-        self._standins += [StandIn(module, _chosen(_norm(module))) for module in norms]
+                self._stand_in(module, self._layers[-1])
+        for module in norms:
+            self._stand_in(module, _norm(module))
+
+    def _stand_in(self, module: nn.Module, quick: Callable[[Tensor], Tensor | None]) -> None:
+        forward = StandIn(module, _chosen(quick))
+        self._standins += [forward, StandIn(module, _called(module, forward, quick), CALL)]
 
     def remove(self) -> None:
         for standin in self._standins:
@@ -54,6 +66,32 @@ def _chosen(quick: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         made = quick(args[0]) if forward.layout.continued and not torch.is_grad_enabled() else None
         return original(*args) if made is None else made
+
+    return run
+
+
+def _called(module: nn.Module, standin: StandIn, quick: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    """A call of a module that knows what its hooks would do, and does it."""
+
+    def own(x: Tensor) -> Any:
+        if module.forward is not standin:  # somebody has put another forward there
+            return module.forward(x)
+        made = quick(x)
+        return standin.original(x) if made is None else made
+
+    def run(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward = FORWARD.get()
+        if forward is None or not forward.goes_on or kwargs or len(args) != 1:
+            return original(*args, **kwargs)
+        x, hooks = args[0], hooks_around(module)
+        if hooks == 0:
+            return own(x)
+        ready = ready_at(forward, module) if hooks == 1 else None
+        if ready is None or not ready.fits(x):
+            return original(x)
+        x = x if ready.change is None else ready.change(forward, x)
+        y = own(x)
+        return y if ready.step.idle else ready.step(forward, x, y, fresh(module, y))
 
     return run
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.batch.forward import Forward
-from inlay.kernels.bags import Bags, Factors, units
+from inlay.kernels.bags import RANK, Bags, Factors, units
 from inlay.kernels.bottlenecks import Bottlenecks
 from inlay.kernels.rows import Rows
 from inlay.kernels.slot_table import SlotTable
@@ -39,18 +39,17 @@ def linear_acts(
     """The acts of the forms at `path`, and of those `layers` that take the same x through D together. `owners` are the
     adapters that the shares belong to."""
     ranks = {name: _ranks(forms) for name, forms in layers.items()}
-    own = ranks[path]
+    own, dtype = ranks[path], _dtype(layers[path])
     alike = [name for name in layers if ranks[name] == own]
     found: dict[str, list[StepAct]] = {path: []}
-    if _one_by_one([(rank, _count(scope, number, vectors)) for number, rank in own.items()]):
+    if _one_by_one([(rank, _count(scope, number, vectors)) for number, rank in own.items()], dtype):
         found[path] += [_Product.of(layers[path][n], _rows(scope, [n], vectors, layers[path])) for n in own]
     else:
         tables = getattr(scope.layout, "tables", None)
         if tables is None:
             bags = _bags(scope, [layers[name] for name in alike], list(own), vectors)
         else:
-            dtype = next(iter(layers[path].values())).down
-            table = tables.setdefault((*alike, None if dtype is None else dtype.dtype), SlotTable())
+            table = tables.setdefault((*alike, dtype), SlotTable())
             bags = _placed(scope, table, [layers[name] for name in alike], {n: owners[n] for n in own}, vectors)
         found = {name: [_Bagged(bags, layer, name == alike[-1])] for layer, name in enumerate(alike)}
     for name, acts in found.items():
@@ -63,14 +62,21 @@ def _ranks(forms: Forms) -> dict[int, int]:
     return {number: units(len(form.down)) for number, form in forms.items() if form.down is not None}
 
 
+def _dtype(forms: Forms) -> torch.dtype:
+    """In which the products are computed; any where there are none."""
+    return next((form.down.dtype for form in forms.values() if form.down is not None), torch.float32)
+
+
 def _count(scope: Scope, number: int, vectors: int) -> int:
     return sum(stop - start for start, stop in scope.spans(number, vectors))
 
 
-def _one_by_one(shares: Sequence[tuple[int, int]]) -> bool:
+def _one_by_one(shares: Sequence[tuple[int, int]], dtype: torch.dtype) -> bool:
     """Whether products one after another are faster than bags, by the units and vectors of each: microseconds as
-    measured on two cores for widths of 576 and 1536, 1 to 32 adapters and ranks of 8 and 32."""
-    return 12 * len(shares) < 20 + sum(rank * count for rank, count in shares)
+    measured on a core for widths of 576 and 1536, 1 to 32 adapters, ranks of 8 and 32, rows side by side and apart."""
+    sums = RANK * sum(rank * count for rank, count in shares)
+    each, one_bag = (30 if dtype.itemsize == 2 else 10), (0.16 if len(shares) == 1 else 0.08)
+    return each * len(shares) + 0.02 * sums < 12 + one_bag * sums
 
 
 def _rows(scope: Scope, numbers: Sequence[int], vectors: int, forms: Mapping[int, LinearForm | BottleneckForm]) -> Rows:
@@ -213,7 +219,7 @@ def beside(scope: Scope, site: Site, forms: Mapping[int, BottleneckForm], vector
     for numbers in kinds.values():
         counts = [_count(scope, n, vectors) for n in numbers]
         sizes = [(units(len(forms[n].down)), count) for n, count in zip(numbers, counts, strict=True)]
-        if _one_by_one(sizes):
+        if _one_by_one(sizes, forms[numbers[0]].down.dtype):
             acts += [_Beside(site, _rows(scope, [n], vectors, forms), forms[n], forms[n].added) for n in numbers]
             continue
         own = [forms[n] for n in numbers]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.batch.forward import Forward
 from inlay.methods.contract import BottleneckForm, LinearForm, Site
@@ -17,7 +17,7 @@ from .adapter import Adapter
 from .plan import Act, SitePlan, plan_at
 from .slots import Forms, StepAct, beside, linear_acts, norm_act
 
-__all__ = ["InputStep", "Step", "goes_on", "input_step", "step_of"]
+__all__ = ["InputStep", "Step", "fresh", "goes_on", "input_step", "step_of"]
 
 InputStep = Callable[[Forward, Tensor], Tensor]
 """Makes of x (..., in) what a module reads, in the forward of one step."""
@@ -151,3 +151,11 @@ def _input_rows(plan: SitePlan, scope: Scope, x: Tensor) -> Tensor | None:
         for start, stop in scope.spans(number, len(flat)):
             rows[start:stop] = scale
     return rows.view(x.shape)
+
+
+def fresh(module: nn.Module, y: Tensor) -> Tensor | None:
+    """The contiguous tensor that y is all of, where a plain linear layer has made it and nobody else holds it."""
+    whole = y if y._base is None else y._base
+    if type(module) is not nn.Linear or (torch.is_grad_enabled() and y.requires_grad):
+        return None
+    return whole if whole.numel() == y.numel() and whole.is_contiguous() and whole.shape[-1] == y.shape[-1] else None

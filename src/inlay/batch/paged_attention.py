@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from inlay.kernels.bag_sums import bag_sums
 from inlay.sites.attention import QKV, is_own
 
 from .blocks import Blocks, StreamMask, attended
@@ -225,13 +225,13 @@ class _Bags:
         rows = len(hidden)
         own = q.index_select(0, self.query)
         index, offsets = self.keys
-        scores = F.embedding_bag(index, keys.view(-1, BLOCK), offsets, mode="sum", per_sample_weights=own.view(-1))
+        scores = bag_sums(keys.view(-1, BLOCK), index, offsets, own.view(-1))
         whole = scores.new_zeros(len(q) * self.width, BLOCK).index_copy_(0, self.place, scores)
         wide = whole.view(rows, -1, self.width * BLOCK)
         weights = _softmax(wide.masked_fill_(hidden, float("-inf")))
         index, offsets = self.values
         taken = weights.view(-1, BLOCK).index_select(0, self.place).view(-1)
-        made = F.embedding_bag(index, values.view(-1, values.shape[3]), offsets, mode="sum", per_sample_weights=taken)
+        made = bag_sums(values.view(-1, values.shape[3]), index, offsets, taken)
         return made.view(rows, -1, values.shape[3])
 
 

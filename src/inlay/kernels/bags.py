@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from .bag_sums import bag_sums
 
 __all__ = ["RANK", "Bags", "Factors", "units"]
 
@@ -51,15 +52,24 @@ class Bags:
 
     def low(self, x: Tensor) -> Tensor:
         """What D gives for x (vectors, in): (pairs of a vector and a unit, 8 n)."""
-        index, offsets, vectors = _down_index(self.slots, x.shape[1], x.device)
+        index, offsets, vectors = self._down
         seen = x if vectors is None else x.index_select(0, vectors)
-        return F.embedding_bag(index, self.downs, offsets, mode="sum", per_sample_weights=seen.reshape(-1))
+        return bag_sums(self.downs, index, offsets, seen.reshape(-1))
 
     def high(self, low: Tensor, layer: int) -> Tensor:
         """What U of one layer gives for `low`: (vectors, out)."""
-        index, offsets = _up_index(self.slots, low.device)
+        index, offsets = self._up
         own = low if low.shape[1] == RANK else low[:, layer * RANK : (layer + 1) * RANK]
-        return F.embedding_bag(index, self.ups[layer], offsets, mode="sum", per_sample_weights=own.reshape(-1))
+        return bag_sums(self.ups[layer], index, offsets, own.reshape(-1))
+
+    @cached_property
+    def _down(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        width = len(self.downs) * RANK // len(self.ups[0])
+        return _down_index(self.slots, width, self.downs.device)
+
+    @cached_property
+    def _up(self) -> tuple[Tensor, Tensor]:
+        return _up_index(self.slots, self.downs.device)
 
 
 def _downs(products: Sequence[Factors]) -> Tensor:

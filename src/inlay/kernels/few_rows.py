@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from .bag_sums import bag_sums
+
 __all__ = ["FewRows"]
 
 BAGS = 2
@@ -59,8 +61,7 @@ class FewRows:
         else:
             each = torch.cat((x,) * parts).view(-1) if parts == 2 else x.expand(parts, -1).reshape(-1)
         table = self._turned.view(weight.shape[1] * parts, -1)
-        # Without its checks, which take as long as a small layer: mode 0 sums.
-        return torch.embedding_bag(table, index, offsets, False, 0, False, each, False)[0].view(len(x), -1)
+        return bag_sums(table, index, offsets, each).view(len(x), -1)
 
 
 @lru_cache(256)

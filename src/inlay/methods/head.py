@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import UsageError
+from inlay.sites.site import bare
 from inlay.values import Help
 
 from .contract import Method, Params, Site, Structure, Tokens
@@ -112,15 +113,10 @@ def _prefixes(key: str) -> list[str]:
 def _bare(module: nn.Module, params: Params, path: str = "") -> nn.Module:
     """`module` without hooks, with `params` in the place of its own, in their dtypes, which need not be that of what it
     gives; it shares nothing that a call could change."""
-    bare = object.__new__(type(module))
-    bare.__dict__.update(module.__dict__)
-    bare.__dict__.pop("forward", None)  # what stands in for it holds on to `module`
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        bare.__dict__[hooks] = type(module.__dict__[hooks])()
-    own = module._parameters.items()
-    bare.__dict__["_parameters"] = {n: p if p is None else params.get(path + n, p).to(p.dtype) for n, p in own}
-    bare.__dict__["_modules"] = {
+    own = {n: params.get(path + n, p).to(p.dtype) for n, p in module._parameters.items() if p is not None}
+    made = bare(module, own)
+    made.__dict__["_modules"] = {
         name: child if child is None else _bare(child, params, f"{path}{name}.")
         for name, child in module._modules.items()
     }
-    return bare
+    return made

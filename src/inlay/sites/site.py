@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 __all__ = ["Site", "SiteKind", "bare", "is_conv1d", "plain_call"]
 
+STOOD_IN = ("forward", "_call_impl")
+"""Methods of modules that others may stand in for."""
+
 SiteKind = Literal[
     "linear", "embedding", "norm", "sublayer", "block", "attention", "attended", "tokens", "head", "experts"
 ]  # fmt: skip
@@ -131,7 +134,8 @@ def bare(module: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
     """`module` without its hooks, with `params` in the place of some of its own; it shares all else with `module`."""
     made = object.__new__(type(module))
     made.__dict__.update(module.__dict__)
-    made.__dict__.pop("forward", None)  # what stands in for it holds on to `module`
+    for method in STOOD_IN:
+        made.__dict__.pop(method, None)  # what stands in for it holds on to `module`
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         made.__dict__[hooks] = type(module.__dict__[hooks])()
     made.__dict__["_parameters"] = {**module._parameters, **params}
