@@ -13,8 +13,8 @@ from .uses import USES, types_of
 __all__ = ["LAW_NAMES", "TWELVE", "chosen_jobs"]
 
 LAW_NAMES = (
-    "attach", "mixed", "nan", "media", "packed", "to peft", "from peft", "reload", "merge", "generate", "recompute",
-    "dtypes",
+    "attach", "mixed", "nan", "media", "packed", "to peft", "from peft", "reload", "merge", "generate", "decode",
+    "recompute", "dtypes",
 )  # fmt: skip
 TWELVE = (
     "causal:llama", "causal:gpt2", "causal:gemma3_text", "causal:qwen3_moe", "causal:mamba", "causal:bloom",

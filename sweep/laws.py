@@ -13,7 +13,7 @@ from .laws_base import attach, merge
 from .laws_memory import checkpointing, dtypes
 from .laws_peft import from_peft, reload, to_peft
 from .laws_rows import images, mixed, nan, packed
-from .laws_text import generate
+from .laws_text import decode, generate
 from .samples import add
 from .verdicts import Cell, Verdict, of_error
 
@@ -30,6 +30,7 @@ LAWS: dict[str, Callable[[Case, Sequence[str]], Checks]] = {
     "reload": reload,
     "merge": merge,
     "generate": generate,
+    "decode": decode,
     "recompute": checkpointing,
     "dtypes": dtypes,
 }

@@ -19,11 +19,10 @@ from inlay.batch.pages import StoreFull
 from inlay.batch.past import BLOCK, Past, Store
 from inlay.batch.route import Blend, RowSpec
 from inlay.errors import UsageError
-from inlay.sites.observe import attention_sites
 from inlay.sites.positions import positions_of
 
 from .made import Made
-from .sharing import Names
+from .sharing import Name, Names, Root
 
 __all__ = ["CHUNK", "STORE", "Decoder", "Running", "token_bytes"]
 
@@ -48,9 +47,9 @@ class Running:
     past: Past
     whole: bool
     ahead: int
-    root: bytes
+    root: Root
     age: int
-    names: list[bytes] = field(default_factory=list)
+    names: list[Name] = field(default_factory=list)
     cached: int = 0
     lands: bool = True
 
@@ -104,6 +103,9 @@ class Decoder:
             self.bank.land(blend)
             raise
         whole = place > 0 or not all(self._causal(name) for name, _ in blend)
+        if self.names.renew(blend):  # what was made of the old values serves nobody
+            self._made, self._tables = Made(), {}
+            self._flight = self._known = None
         root = self.names.root(blend, scope)
         row = Running(route, blend, list(ids), Past(len(ids), place), whole, ahead, root, self._count)
         self._count += 1
@@ -138,6 +140,7 @@ class Decoder:
     def forget(self) -> None:
         """Let go of what was made of adapters that the bank has no longer."""
         self._made.forget(self.bank)
+        self.names.forget()
         self._flight = self._known = None
 
     def _check(self, prompt: int, new: int, ahead: int) -> None:
@@ -249,8 +252,7 @@ class Decoder:
         """Let others find the blocks that a row has filled."""
         if row.whole or row.past.keys // BLOCK == len(row.names):
             return
-        root = row.names[-1] if row.names else row.root
-        for name in self.names.blocks(root, row.ahead, row.ids[: row.past.own], len(row.names)):
+        for name in self.names.blocks(row.root, row.ahead, row.ids[: row.past.own], list(row.names)):
             self.store.pages.name(row.past.blocks[len(row.names)], name)
             row.names.append(name)
 
@@ -296,5 +298,10 @@ def _has_room(model: Any) -> bool:
 def token_bytes(bank: Bank) -> int:
     """What the keys and values of one token take in all layers of a bank's base."""
     model: Any = bank.model
-    numbers = sum(site.heads * (site.head_dim + site.value_dim) for site in attention_sites(bank.base))
+    inside = {module for stack in bank.base.stacks for module in stack.modules()}
+    seen = [shape for module, shape in bank.base.observed.heads.items() if module in inside]
+    if not seen:
+        raise UsageError("no attention was seen in this base, whose keys could be kept", "Write with padded rows.")
+    # Some compute attention several times a layer, with the same keys and values, or others.
+    numbers = sum(s.heads * (s.head_dim + s.value_dim) * max(1, len(s.value_heads or ())) for s in seen)
     return numbers * model.dtype.itemsize
