@@ -47,7 +47,8 @@ class Scope:
         """The spans of the share `number` among so many vectors."""
         partition = self.layout.partition
         scale = vectors // partition.total
-        return tuple((a * scale, b * scale) for a, b in partition.shares[number].spans)
+        spans = partition.shares[number].spans
+        return spans if scale == 1 else tuple((a * scale, b * scale) for a, b in spans)
 
     def lay_out(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
         """Cast the flat tensors of adapters that are trained, once a forward; those of equal shapes as one."""

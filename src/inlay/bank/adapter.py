@@ -123,14 +123,16 @@ class Part:
 
 
 class Adapter:
-    """An adapter `name` of `parts`. `seed` sets its start and its dropout. While it is trained as few flat tensors,
-    `flats` holds them all. `grouped` is whether an optimizer was given its parameters by their rates; `chosen` whether
-    rows of data have changed its methods' settings."""
+    """An adapter `name` of `parts`. `seed` sets its start and its dropout. Where it is trained as few flat tensors,
+    `laid` holds them all, and `flats` too in training's forwards. `grouped` is whether an optimizer was given its
+    parameters by their rates; `chosen` whether rows of data have changed its methods' settings; `shares` what it does
+    at each site, by `inlay.bank.plan`."""
 
     def __init__(self, name: str, parts: Sequence[Part], seed: int) -> None:
         self.name, self.parts, self.seed = name, list(parts), seed
+        self.laid: Sequence[Flat] = ()
         self.flats: Sequence[Flat] = ()
-        self.grouped = self.chosen = False
+        self.grouped, self.chosen, self.shares = False, False, dict[str, Any]()
 
     @classmethod
     def fresh(
@@ -262,14 +264,11 @@ def _precision(like: Tensor) -> torch.dtype:
 def _parameters(method: Method, values: Values, base: Structure) -> dict[str, dict[str, nn.Parameter]]:
     """`values` as parameters on the base's device."""
     like = next(base.model.parameters())
-    return {
-        path: {key: _parameter(method, key, value.to(like.device, _precision(like))) for key, value in own.items()}
-        for path, own in values.items()
-    }
 
+    def parameter(name: str, value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value.to(like.device, _precision(like)), requires_grad=name not in method.untrained)
 
-def _parameter(method: Method, name: str, value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=name not in method.untrained)
+    return {path: {key: parameter(key, value) for key, value in own.items()} for path, own in values.items()}
 
 
 def _check_apart(name: str, parts: Sequence[Part]) -> None:

@@ -83,23 +83,54 @@ def _acts(
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """What one blend does at a site: all its acts where some change the input, and those that change the output; `form`
+    is the one that a form serves."""
+
+    changing: Sequence[Act]
+    acts: Sequence[Act]
+    form: Act | None
+
+
 def _made(path: str, shares: Sequence[Blend], adapters: Mapping[str, Adapter]) -> SitePlan | None:
     forms, rest, scaled = [], [], []
     for number, blend in enumerate(shares):
-        acts = [act for name, weight in blend for act in _acts(path, name, weight, adapters)]
-        if not acts:
+        share = _share(path, blend, adapters)
+        if share is None:
             continue
-        # What stands behind a sublayer stands behind the adapters of its last layer.
-        acts.sort(key=lambda act: act.part.sites[path].kind in ("sublayer", "block"))
-        _check_order(path, acts)
-        if any(act.part.method.scales_input(act.part.sites[path]) or act.part.method.has("input") for act in acts):
-            scaled.append((number, acts))
-        acts = [act for act in acts if not act.part.method.has("input")]
-        if not acts:
-            continue
-        alone = acts[0] if len(acts) == 1 and acts[0].weight is None else None
-        if alone is not None and alone.part.method.has_form() and alone.part.sites[path].kind == "linear":
-            forms.append((number, alone))
-        else:
-            rest.append((number, acts))
+        if share.changing:
+            scaled.append((number, share.changing))
+        if share.form is not None:
+            forms.append((number, share.form))
+        elif share.acts:
+            rest.append((number, share.acts))
     return SitePlan(forms, rest, scaled) if forms or rest or scaled else None
+
+
+def _share(path: str, blend: Blend, adapters: Mapping[str, Adapter]) -> _Share | None:
+    """The same at every call for one adapter that uses no others: it remembers that."""
+    if len(blend) != 1 or blend[0][1] is not None:
+        return _share_of(path, blend, adapters)
+    adapter = adapters[blend[0][0]]
+    if path not in adapter.shares:
+        share = _share_of(path, blend, adapters)
+        if adapter.uses:
+            return share
+        adapter.shares[path] = share
+    return adapter.shares[path]
+
+
+def _share_of(path: str, blend: Blend, adapters: Mapping[str, Adapter]) -> _Share | None:
+    acts = [act for name, weight in blend for act in _acts(path, name, weight, adapters)]
+    if not acts:
+        return None
+    # What stands behind a sublayer stands behind the adapters of its last layer.
+    acts.sort(key=lambda act: act.part.sites[path].kind in ("sublayer", "block"))
+    _check_order(path, acts)
+    changes = any(act.part.method.scales_input(act.part.sites[path]) or act.part.method.has("input") for act in acts)
+    changing = tuple(acts) if changes else ()
+    acts = [act for act in acts if not act.part.method.has("input")]
+    alone = acts[0] if len(acts) == 1 and acts[0].weight is None else None
+    served = alone is not None and alone.part.method.has_form() and alone.part.sites[path].kind == "linear"
+    return _Share(changing, acts, alone if served else None)

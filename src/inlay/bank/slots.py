@@ -59,7 +59,7 @@ def linear_acts(
 
 def _ranks(forms: Forms) -> dict[int, int]:
     """The units of each share that has a product."""
-    return {number: units(len(form.down)) for number, form in forms.items() if form.down is not None}
+    return {number: units(form.down.shape[0]) for number, form in forms.items() if form.down is not None}
 
 
 def _dtype(forms: Forms) -> torch.dtype:
@@ -68,7 +68,8 @@ def _dtype(forms: Forms) -> torch.dtype:
 
 
 def _count(scope: Scope, number: int, vectors: int) -> int:
-    return sum(stop - start for start, stop in scope.spans(number, vectors))
+    partition = scope.layout.partition
+    return partition.shares[number].units * (vectors // partition.total)
 
 
 def _one_by_one(shares: Sequence[tuple[int, int]], dtype: torch.dtype) -> bool:
@@ -143,12 +144,23 @@ def _placed(
     scope: Scope, table: SlotTable, layers: Sequence[Forms], owners: Mapping[int, object], vectors: int
 ) -> Bags:
     """The same, of products in a table that stays."""
-    slots: list[tuple[int, ...]] = [()] * vectors
-    for number, owner in owners.items():
-        own = table.place(owner, lambda number=number: [_factors(forms[number]) for forms in layers])
-        for start, stop in scope.spans(number, vectors):
-            slots[start:stop] = [own] * (stop - start)
-    return table.bags(slots)
+    own = {
+        number: table.place(owner, lambda number=number: [_factors(forms[number]) for forms in layers])
+        for number, owner in owners.items()
+    }
+    return table.bags([own.get(number, ()) for number in _shares(scope, vectors)])
+
+
+def _shares(scope: Scope, vectors: int) -> Sequence[int]:
+    """The number of the share that each vector belongs to."""
+    spot = "shares", vectors
+    if spot not in scope.route.cache:
+        order = [0] * vectors
+        for number in range(len(scope.layout.partition.shares)):
+            for start, stop in scope.spans(number, vectors):
+                order[start:stop] = [number] * (stop - start)
+        scope.route.cache[spot] = order
+    return scope.route.cache[spot]
 
 
 def _factors(form: LinearForm) -> Factors:

@@ -26,12 +26,14 @@ __all__ = ["Going", "PastLayout"]
 @dataclass(frozen=True, eq=False)
 class Going:
     """The pasts of a stream's segments, in a store that has room for what is new. `values` is what forwards of the same
-    rows, in the same order, need not compute again; `tables` hold adapters for rows in any company."""
+    rows, in the same order, need not compute again, the first `known` of them from others; `tables` hold adapters for
+    rows in any company."""
 
     store: Store
     pasts: Sequence[Past]
     values: dict[Any, Any]
     tables: dict[Any, Any]
+    known: int = 0
 
 
 class PastLayout(PackedLayout):

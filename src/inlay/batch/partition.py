@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ class Share:
     blend: Blend
     members: tuple[int, ...]
     spans: tuple[Span, ...]
+
+    @cached_property
+    def units(self) -> int:
+        """How many there are in the spans."""
+        return sum(stop - start for start, stop in self.spans)
 
 
 class Partition:

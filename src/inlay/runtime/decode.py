@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -17,50 +17,20 @@ from inlay.bank.going import Flight
 from inlay.batch.paged import Going
 from inlay.batch.pages import StoreFull
 from inlay.batch.past import BLOCK, Past, Store
-from inlay.batch.route import Blend, RowSpec
+from inlay.batch.route import RowSpec
 from inlay.errors import UsageError
 from inlay.sites.positions import positions_of
 
 from .made import Made
-from .sharing import Name, Names, Root
+from .running import Running
+from .sharing import Names
 
-__all__ = ["CHUNK", "STORE", "Decoder", "Running", "token_bytes"]
+__all__ = ["CHUNK", "STORE", "Decoder", "token_bytes"]
 
 CHUNK = 512
 """Tokens of prompts that one forward reads beside the rows that write."""
 STORE = 2**30
 """Bytes of a key-value store where nobody says."""
-
-
-@dataclass(eq=False)
-class Running:
-    """A row in flight: the tokens `ids` that it was given and has written.
-
-    It reads its prompt `whole`, in one forward, where its adapters need that. `ahead` keys of its adapters stand before
-    its tokens. `root` is what the names of its blocks begin with, `names` are those of the blocks that are full, and
-    `cached` tokens of its prompt were read by others before.
-    """
-
-    route: RowSpec
-    blend: Blend
-    ids: list[int]
-    past: Past
-    whole: bool
-    ahead: int
-    root: Root
-    age: int
-    names: list[Name] = field(default_factory=list)
-    cached: int = 0
-    lands: bool = True
-
-    @property
-    def unread(self) -> int:
-        return len(self.ids) - self.past.own
-
-    @property
-    def written(self) -> list[int]:
-        """The tokens behind its prompt."""
-        return self.ids[self.past.prompt :]
 
 
 class Decoder:
@@ -266,7 +236,7 @@ class Decoder:
         return self._flight[1]
 
     def _begun(self, rows: list[Running], counts: Sequence[int], ends: Sequence[bool]) -> Flight:
-        going = Going(self.store, [row.past for row in rows], dict(self._made), self._tables)
+        going = Going(self.store, [row.past for row in rows], dict(self._made), self._tables, len(self._made))
         return self.bank.going_on([row.route for row in rows], counts, [int(end) for end in ends], going)
 
     def _run(self, flight: Flight, rows: list[Running], counts: Sequence[int], heads: Sequence[int]) -> Tensor:
@@ -285,7 +255,7 @@ class Decoder:
             self._name(row)
         if flight is not self._known:
             self._known = flight
-            self._made.keep(flight.route.going.values)
+            self._made.keep(flight.route.going.values, flight.route.going.known)
         return logits
 
 

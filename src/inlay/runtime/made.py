@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from inlay.bank.adapter import Part
@@ -14,9 +15,10 @@ __all__ = ["Made"]
 class Made(dict[Any, Any]):
     """Of the values of a forward (`inlay.batch.forward.Forward.cache`) those that depend on one part alone."""
 
-    def keep(self, values: Mapping[Any, Any]) -> None:
-        """Take what other forwards need not compute again."""
-        self.update((key, value) for key, value in values.items() if isinstance(key, tuple) and _of_part(key))
+    def keep(self, values: Mapping[Any, Any], known: int) -> None:
+        """Take what other forwards need not compute again; the first `known` of the values came from here."""
+        new = islice(values.items(), known, None)
+        self.update((key, value) for key, value in new if isinstance(key, tuple) and _of_part(key))
 
     def forget(self, bank: Bank) -> None:
         """Let go of what is of no adapter that the bank has."""
