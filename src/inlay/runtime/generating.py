@@ -12,10 +12,11 @@ from inlay.bank.bank import Bank
 from inlay.batch.past import BLOCK
 from inlay.batch.route import normalise
 
-from .decode import CHUNK, STORE, Decoder, Running, token_bytes
+from .decode import CHUNK, STORE, Decoder, token_bytes
 from .drawing import Drawing, TokenLogprobs, drawings, sample
 from .padded_writing import padded_tokens
 from .requests import Request, Token, end_tokens, vocabulary_of
+from .running import Running
 from .stops import Answer, Detokenizer
 
 __all__ = ["Session", "generate"]

@@ -83,7 +83,7 @@ class Learner:
         rates = [self.plan.rate * rate for rate in groups]
         if self.plan.optimizer not in ELEMENTWISE:
             return [{"params": [*own.values()], "lr": lr} for own, lr in zip(groups.values(), rates, strict=True)]
-        self.flats = [Flat(own) for own in groups.values()]
+        self.adapter.laid = self.flats = [Flat(own) for own in groups.values()]
         return [{"params": [flat.parameter], "lr": lr} for flat, lr in zip(self.flats, rates, strict=True)]
 
     def _schedule(self) -> LambdaLR:
