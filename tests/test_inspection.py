@@ -174,6 +174,9 @@ def test_a_token_copied_from_a_word_is_near_it_and_a_random_one_is_not():
     assert found[0].chance <= 0.01
     assert found[0].z > 4
     assert found[1].chance > 0.05
+    # What is no word is as near to one as random vectors are, whichever token is asked about.
+    assert found[0].usual == found[1].usual < 0.7
+    assert found[1].usual == pytest.approx(found[1].cosines[0], abs=0.15)
 
 
 def test_the_start_in_a_shared_direction_makes_nothing_near():
@@ -207,6 +210,7 @@ def test_tokens_that_start_as_words_are_found_and_have_not_moved(method):
     assert [token["nearest"][0]["id"] for token in look["tokens"]] == [7, 30, 11]
     assert [token["moved"] for token in look["tokens"]] == pytest.approx([0, 0, 0])
     assert [token["began"] for token in look["tokens"]] == [7, 30, 11]
+    assert len({token["random_cosine"] for token in look["tokens"]}) == 1
     with torch.no_grad():
         next(iter(adapter.parameters()))[1] *= 1.5
     moved = [token["moved"] for token in look_at_tokens(bank, adapter.parts[0], Words(), start)["tokens"]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import inlay
+from inlay.bases.load import load_base
 from inlay.errors import UsageError
 from inlay.methods.table import METHODS
 from inlay.race import latency
@@ -151,15 +152,29 @@ def test_those_that_left_make_room():
 
 # ---- each equals its solo run
 
-ALONE = {"fusion", "merged_lora"}
-"""The first is of adapters that are there already, the second of fused weights, which this base has not."""
-RACED = [name for name in METHODS if name not in ALONE]
+RACED = [*METHODS]
+OVER = {"first": inlay.Pfeiffer(reduction_factor=4), "second": inlay.Houlsby(reduction_factor=8)}
+"""Adapters that are there already, of which a fusion is made."""
+NEEDS = {"fusion": inlay.Fusion(adapters=[*OVER]), "alora": inlay.ALoRA(r=2, alora_invocation_tokens=[35])}
+"""Methods whose usual wish is of another bank, or acts behind a token that these rows do not have."""
+
+
+def attached():
+    """A bank with the adapters that a fusion is over, as if they were trained."""
+    bank = inlay.attach(make("llama"))
+    for name, method in OVER.items():
+        bank.add(name, method, seed=9)
+        with torch.no_grad():
+            for number, p in enumerate(bank.parameters(name)):
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+    return bank
 
 
 def made(name):
     """A plan of each method: with dropout where it has one, and a rate, a batch and a seed of its own."""
     number = RACED.index(name)
-    method = next((wish() for wish in WISHES.values() if type(wish()) is METHODS[name]), None) or METHODS[name]()
+    wishes = [NEEDS[name]] if name in NEEDS else [wish() for wish in WISHES.values()]
+    method = next((wish for wish in wishes if type(wish) is METHODS[name]), None) or METHODS[name]()
     if hasattr(method, "dropout"):
         method = replace(method, dropout=0.1)
     return Plan(name, method, batch_size=2 + number % 3, steps=4 + number % 3, seed=number, lr=3 * method.usual_rate)
@@ -168,22 +183,38 @@ def made(name):
 @pytest.mark.parametrize("part", range(-(-len(RACED) // 9)))
 def test_each_method_in_a_race_of_twelve_equals_its_solo_run(part):
     """Nine methods, one that is dropped, one that diverges and one that enters late."""
-    plans = [made(name) for name in RACED[9 * part : 9 * part + 9]]
+    learners = raced_and_alone([made(name) for name in RACED[9 * part : 9 * part + 9]], attached)
+    assert any(learner.diverged for learner in learners)
+
+
+def raced_and_alone(plans, attach):
+    """Train the plans with three more in one stream, and each in one of its own; `attach` gives a new bank."""
     dropped = Plan("gone", inlay.LoRA(r=3), batch_size=3, steps=9, seed=77)
     wild = Plan("wild", inlay.LoRA(r=2), lr=1e30, batch_size=2, steps=9, seed=78, schedule="constant", warmup=0.3)
     late = Plan("late", inlay.IA3(), batch_size=2, steps=3, seed=79)
-    bank = inlay.attach(make("llama"))
+    bank, before = attach(), attach()
     learners = add_learners(bank, [*plans, dropped, wild], 24, examples=examples())
     for turn, _ in enumerate(train_steps(bank, learners, examples(), TokenBudget(4096))):
         if turn == 1:
             learners[len(plans)].stop("dropped")
             learners += add_learners(bank, [late], 24, examples=examples())
-    assert learners[len(plans) + 1].diverged
+    for name in before.adapters:  # what a fusion is over is not trained
+        assert all(map(torch.equal, bank.parameters(name), before.parameters(name)))
     for plan in [*plans, late]:
-        solo = inlay.attach(make("llama"))
+        solo = attach()
+        fresh = [p.clone() for p in add_learners(solo, [plan], 24, examples=examples())[0].adapter.parameters()]
+        solo.remove(plan.name)
         for _ in train_steps(solo, add_learners(solo, [plan], 24, examples=examples()), examples(), TokenBudget(4096)):
             pass
+        assert not all(map(torch.equal, fresh, solo.parameters(plan.name))), plan.name
         same(bank, solo, plan.name, 1e-8)
+    return learners
+
+
+def test_merged_lora_on_fused_weights_equals_its_solo_run():
+    method = inlay.MergedLoRA(r=2, enable_lora=[True, False, True], dropout=0.1)
+    plans = [Plan("fused", method, batch_size=3, steps=5, seed=3, lr=1e-2), replace(made("dora"), name="beside")]
+    raced_and_alone(plans, lambda: inlay.attach(make("gpt2")))
 
 
 # ---- the whole
@@ -273,6 +304,33 @@ def test_contenders_that_cannot_act_are_named_and_left_out(base_folder, reviews,
     alone = "entries:\n  - {method: lora, lr: [1.0e-2]}\n  - {method: bitfit, lr: [1.0e-2]}\n"
     with pytest.raises(UsageError, match="1 of 2 contenders can act"):
         race(given(base_folder, reviews, tmp_path / "other" / "run", alone), on_message=quiet)
+
+
+def test_a_fusion_is_raced_over_saved_adapters_and_left_out_without_them(base_folder, reviews, tmp_path):  # noqa: F811
+    bank = inlay.attach(load_base(str(base_folder), "float32").model)
+    for name, method in OVER.items():
+        bank.add(name, method, seed=9)
+        bank.save(name, tmp_path / name)
+    bank.detach()
+    folders = [str(tmp_path / name) for name in OVER]
+    space = f"""
+entries:
+  - {{method: fusion, adapters: [{folders}], lr: [1.0e-2, 1.0e-3]}}
+  - {{method: fusion, adapters: [[pfeiffer-1e-2, houlsby-1e-2]], lr: [2.0e-2]}}
+  - {{method: fusion, lr: [3.0e-2]}}
+  - {{method: pfeiffer, lr: [1.0e-2]}}
+  - {{method: houlsby, lr: [1.0e-2]}}
+  - {{method: merged_lora, lr: [1.0e-2]}}
+  - {{method: merged_lora, r: 2, targets: all-linear, enable_lora: [[true, false]], lr: [2.0e-2]}}
+"""
+    lines = []
+    result = race(given(base_folder, reviews, tmp_path / "run", space, steps=6), on_message=lines.append)
+    methods = [one["method"] for one in result["contenders"]]
+    assert sorted(methods) == ["fusion", "fusion", "houlsby", "merged_lora", "pfeiffer"]
+    left = [line for line in lines if line.startswith("left out: ")]
+    assert len(left) == 3 and "no adapter is called 'pfeiffer-1e-2'" in left[0] and "Name them in adapters" in left[1]
+    assert "no fused queries, keys and values" in left[2]
+    assert all(one["score"] is not None for one in result["contenders"])
 
 
 # ---- nothing is lost

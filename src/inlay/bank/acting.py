@@ -45,9 +45,8 @@ class Scope:
 
     def spans(self, number: int, vectors: int) -> Spans:
         """The spans of the share `number` among so many vectors."""
-        partition = self.layout.partition
-        scale = vectors // partition.total
-        spans = partition.shares[number].spans
+        scale = vectors // self.layout.partition.total
+        spans = self.layout.partition.shares[number].spans
         return spans if scale == 1 else tuple((a * scale, b * scale) for a, b in spans)
 
     def lay_out(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ class Convert(Checked):
     to: Annotated[
         str,
         OneOf(tuple(CONVERSIONS), "format"),
-        Help("peft and adapterhub: a folder; loralib: a file; lora: any as LoRA"),
+        Help("peft and adapterhub: a folder; loralib: a file; lora: any as LoRA; vllm: the same as vLLM opens it"),
     ]
     out: Annotated[str, From(as_path), Help("a new folder, or for loralib a new .safetensors or .pt file")]
     base: Annotated[str | None, Help("the base it was trained on, where its files do not name it")] = None
@@ -52,6 +52,8 @@ def command(given: Convert, as_json: bool) -> None:
     inlay convert --adapter runs/reviews --to adapterhub --out hub
 
     inlay convert --adapter runs/dora --to lora --rank 16 --out as_lora
+
+    inlay convert --adapter runs/reviews --to vllm --out reviews
     """
     with console.status("converting"):
         from inlay.merging.convert import convert_to
@@ -73,3 +75,13 @@ def command(given: Convert, as_json: bool) -> None:
             f"{found['error_largest']:.2%} ({found['error_worst_module']}), {found['error_mean']:.2%} on average",
             markup=False, soft_wrap=True,
         )  # fmt: skip
+    if "command" in found:
+        _told_of_vllm(out, found)
+
+
+def _told_of_vllm(out: Console, found: Mapping[str, Any]) -> None:
+    out.print(f"to serve it        {found['command']}", markup=False, soft_wrap=True)
+    out.print(f"its rules          those of {found['rules']}'s loader hold; vLLM itself was not run", markup=False)
+    if found["template"]:
+        said = "vLLM does not know the adapter's template (in inlay.json): put prompts into its words yourself"
+        out.print(f"its template       {said}", markup=False, soft_wrap=True)

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 __all__ = ["ADAPTERHUB_CONFIGS", "CONVERSIONS", "PEFT_TYPES", "unread_architecture", "unread_type"]
 
-CONVERSIONS: Mapping[str, str] = {"peft": "peft", "adapterhub": "adapterhub", "loralib": "loralib", "lora": "peft"}
+CONVERSIONS: Mapping[str, str] = {
+    "peft": "peft", "adapterhub": "adapterhub", "loralib": "loralib", "lora": "peft", "vllm": "peft",
+}  # fmt: skip
 """What `inlay convert` writes an adapter as, and the format of `bank.save` that it does so in."""
 
 PEFT_TYPES: Mapping[str, str] = dict(

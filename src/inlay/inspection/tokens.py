@@ -40,7 +40,8 @@ def look_at_tokens(bank: Bank, part: Part, tokenizer: Any, start: Adapter | None
     between them, and how many equally strong directions they span (effective rank of their singular values).
 
     A prefix's words are those whose values in the first attention layer are nearest to its own there. `began` is the
-    number of the word that a token was near at its start, None where it was near none.
+    number of the word that a token was near at its start, None where it was near none. `random_cosine` is how near to a
+    word vectors are that are none, in the mean.
     """
     vectors = vectors_of(part)
     prefix = not part.method.virtual_length
@@ -69,7 +70,7 @@ def look_at_tokens(bank: Bank, part: Part, tokenizer: Any, start: Adapter | None
 def _words(near: Near, tokenizer: Any) -> dict[str, Any]:
     words = shown(tokenizer, near.words)
     pairs = [{"word": w, "id": i, "cosine": c} for w, i, c in zip(words, near.words, near.cosines, strict=True)]
-    return {"nearest": pairs, "z": near.z, "chance": near.chance}
+    return {"nearest": pairs, "random_cosine": near.usual, "z": near.z, "chance": near.chance}
 
 
 def _near(bank: Bank, part: Part, vectors: Tensor, prefix: bool) -> tuple[Sequence[Near], str]:

@@ -30,11 +30,13 @@ AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class Near:
-    """The nearest words' numbers and cosines, the nearest first; by how many standard deviations the first cosine is
-    above those of vectors that are no words (`z`), and the share of these that are as near to a word (`chance`)."""
+    """The nearest words' numbers and cosines, the nearest first; the mean cosine of vectors that are no words with the
+    word nearest to them (`usual`), by how many standard deviations the first cosine is above it (`z`), and the share of
+    such vectors that are as near to a word (`chance`)."""
 
     words: tuple[int, ...]
     cosines: tuple[float, ...]
+    usual: float
     z: float
     chance: float
 
@@ -56,7 +58,7 @@ def nearest(vectors: Tensor, table: Tensor, count: int = 5, seed: int = 0) -> li
     own, words = _cosines(vectors.float(), unit).topk(min(count, len(table)), dim=1)
     return [
         Near(
-            tuple(w.tolist()), tuple(c.tolist()), float((c[0] - mean) / spread),
+            tuple(w.tolist()), tuple(c.tolist()), float(mean), float((c[0] - mean) / spread),
             (1 + int((none >= c[0]).sum())) / (1 + DRAWN),
         )
         for c, w in zip(own, words, strict=True)

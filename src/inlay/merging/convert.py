@@ -14,7 +14,7 @@ import torch
 from inlay.bank.adapter import Adapter
 from inlay.bank.bank import Bank, attach
 from inlay.bases.adapters import adapter_folder
-from inlay.bases.load import load_base
+from inlay.bases.load import Base, load_base
 from inlay.data.prompting import prompting_of
 from inlay.errors import UsageError
 from inlay.formats.folders import base_of
@@ -27,11 +27,12 @@ from inlay.runs.tasking import head_of
 from .as_lora import Lowered, as_lora
 from .folders import whole_folder
 from .merge import check_out, finite_logits, logits_of, probe
+from .vllm import as_vllm, checked
 
 __all__ = ["convert_to"]
 
-LOWERED = "lora"
-"""The one of the `CONVERSIONS` that makes LoRA of any adapter first."""
+LOWERED, VLLM = "lora", "vllm"
+"""The ones of the `CONVERSIONS` that make LoRA of any adapter first."""
 FILES = (".safetensors", ".pt", ".bin")
 """What a loralib state dict may be called."""
 SOURCE, WRITTEN = "source", "written"
@@ -42,31 +43,33 @@ def convert_to(
     to: str, adapter: str, out: str, base: str | None = None, rank: int | None = None, alpha: float | None = None,
     enabled: Sequence[bool] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write `adapter` to `out`, which is not there yet, in the format `to`; "lora" is LoRA in HF PEFT's layout.
+    """Write `adapter` to `out`, which is not there yet, in the format `to`; "lora" is LoRA in HF PEFT's layout, and
+    "vllm" the same as vLLM opens it, by its published rules.
 
     `base` is the one that it was trained on, where its files do not say it. A `rank` makes LoRA of it first, cut to
     that rank. loralib's files do not say `alpha` and `enabled`.
     Returns: what was written, the largest difference of its logits from the adapter's own, the largest logit, for
-    scale, and where LoRA was made of it, the relative Frobenius error by module.
+    scale, and where LoRA was made of it, the relative Frobenius error by module; for vLLM, what it is served with.
     Raises: UsageError where the target has no place for the method, and says why; nothing is written then.
     """
     source, target = _source(adapter), Path(out).expanduser()
     _check_target(target, to)
-    bank = _opened(source, base, alpha, enabled)
+    opened, bank = _opened(source, base, alpha, enabled)
     inputs = probe(bank.model)
     with bank.route([SOURCE]):
         expected = finite_logits(logits_of(bank.model, inputs), f"the adapter in {source}", "Train it again.")
-    lowered = as_lora(bank.adapters[SOURCE], rank) if to == LOWERED or rank is not None else None
+    lowered = _lowered(bank.adapters[SOURCE], opened, to, rank)
     with _beside(target, to) as place:
         found = _write(bank, lowered, place, to, enabled, source)
         bank.load(WRITTEN, place, **found)
         with bank.route([WRITTEN]):
             made = finite_logits(logits_of(bank.model, inputs), f"what was made of {source}", "Keep it as it is.")
+        served = _served(place, bank.adapters[SOURCE], opened, target, source) if to == VLLM else {}
     bank.detach()
     return {
         "written": str(target), "format": to, **{name: value for name, value in found.items() if name == "alpha"},
         "max_difference": float((made - expected).abs().max()), "largest_logit": float(expected.abs().max()),
-        **({} if lowered is None else _errors(lowered)),
+        **({} if lowered is None else _errors(lowered)), **served,
     }  # fmt: skip
 
 
@@ -86,7 +89,21 @@ def _check_target(target: Path, to: str) -> None:
     return check_out(target.parent / f".{target.name}")
 
 
-def _opened(source: Path, base: str | None, alpha: float | None, enabled: Sequence[bool] | None) -> Bank:
+def _lowered(adapter: Adapter, base: Base, to: str, rank: int | None) -> Lowered | None:
+    """The LoRA that is written in the adapter's place; None where it is written as it is."""
+    if to == VLLM:
+        return as_vllm(adapter, base, rank)
+    return as_lora(adapter, rank) if to == LOWERED or rank is not None else None
+
+
+def _served(place: Path, adapter: Adapter, base: Base, target: Path, source: Path) -> dict[str, Any]:
+    """What vLLM is started with, and whether the adapter has a template, which vLLM does not read."""
+    return {**checked(place, adapter, base, target), "template": bool(_notes(source).get("template"))}
+
+
+def _opened(
+    source: Path, base: str | None, alpha: float | None, enabled: Sequence[bool] | None
+) -> tuple[Base, Bank]:  # fmt: skip
     """The base with the adapter beside it. Raises: UsageError where nobody says which base."""
     name = base or ("" if source.is_file() else base_of(source))
     if not name:
@@ -95,7 +112,7 @@ def _opened(source: Path, base: str | None, alpha: float | None, enabled: Sequen
     opened = load_base(name, "float32", head=None if prompting is None else head_of(prompting.template))
     bank = attach(opened.model)
     bank.load(SOURCE, source, alpha, enabled if source.is_file() else None)
-    return bank
+    return opened, bank
 
 
 @contextmanager

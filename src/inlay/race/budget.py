@@ -16,7 +16,7 @@ from inlay.runtime.tasks import Task
 from inlay.training.loop import add_learners, train_steps
 from inlay.training.plan import Plan
 
-from .latency import SHARE
+from . import latency, training_cost
 from .rungs import Shares, scored, work
 from .settings import Budget
 
@@ -67,13 +67,17 @@ def course_tokens(
     budget: Budget, speed: Speed | None, contenders: int, shares: Shares, choosing: float, final: float
 ) -> float:
     """How many tokens a whole course may have: of the budget, less what scoring takes (and of a time, less what the
-    measuring of latency may take), divided by the courses that the race is made of. `choosing` and `final` are tokens
+    measuring of costs may take), divided by the courses that the race is made of. `choosing` and `final` are tokens
     of one scoring of a contender on those rows."""
     if budget.tokens is not None:
         return budget.tokens / work(contenders, shares)
     assert budget.seconds is not None and speed is not None
     reading = (sum(scored(contenders, shares)) * choosing + (contenders + 1) * final) / speed.scoring
-    return max(0.0, (1 - SHARE) * budget.seconds - reading) * speed.training / work(contenders, shares)
+    return (
+        max(0.0, (1 - latency.SHARE - training_cost.SHARE) * budget.seconds - reading)
+        * speed.training
+        / work(contenders, shares)
+    )
 
 
 def _tokens(items: Items) -> int:

@@ -31,6 +31,7 @@ from .rungs import Shares
 from .settings import RaceSettings
 from .space import read_space
 from .standings import PLANNED, first_plans, standings
+from .training_cost import measured_training
 
 __all__ = ["OnTurn", "race"]
 
@@ -102,7 +103,8 @@ class _Rules:
         return self.halving.select(progress, waiting)
 
     def measure(self, context: Context, progress: Sequence[Progress]) -> Mapping[str, Any]:
-        return measured_latency(context, progress, self.halving.shares)
+        shares = self.halving.shares
+        return {**measured_training(context, progress, shares), **measured_latency(context, progress, shares)}
 
 
 def _page(settings: RaceSettings, folder: RunFolder, on_message: OnMessage | None) -> AbstractContextManager[Any]:

@@ -1,4 +1,15 @@
-"""What came of a race, or has come of it so far, read from its folder."""
+"""What came of a race, or has come of it so far, read from its folder.
+
+What race.json says of a contender's cost, null where it is not known:
+
+- `trainable_parameters`; `tokens` trained on; `file_bytes`; `virtual_tokens` a row, `prefix_tokens` in each layer;
+  `seconds`, the race's time up to the contender's last step.
+- `token_ms`: milliseconds a decoded token more than with the base alone, with `token_ms_quartiles` of the pairs.
+- `training_seconds`: its share of `stream_seconds`, those of the race from its rows to its last step, scoring left out
+  (`shared_seconds`). `training_token_ms`: milliseconds a token of a step of its own.
+- `training_memory_mb`: an estimate in MiB beside the base; `training_memory_parts_mb` are its `parameters`,
+  `gradients`, `optimizer`, `copies` and `activations` (`LearnerMemory`).
+"""
 
 from __future__ import annotations
 
@@ -36,12 +47,13 @@ def standings(folder: RunFolder) -> dict[str, Any]:
     """race.json of a run's folder: the contenders, the best first, the `winner`, and the base's score.
 
     A contender is before another where it came further, or came as far with a better score on the choosing rows;
-    `score` and `interval` are of the final rows, which chose nothing.
+    `score` and `interval` are of the final rows, which chose nothing; the costs are said at the top of this file.
     """
     record, chosen = folder.read(), _chosen(folder)
     metric, shares = record.get("metric"), shares_of(first_plans(folder, record))
     learners: Mapping[str, Any] = record.get("learners") or {}
     latency: Mapping[str, Any] = record.get("latency") or {}
+    training: Mapping[str, Any] = record.get("training") or {}
     found = []
     for plan in recorded_plans(record):
         own, scores = learners.get(plan.name) or {}, chosen.get(plan.name, [])
@@ -52,7 +64,7 @@ def standings(folder: RunFolder) -> dict[str, Any]:
         described["virtual_tokens_at"] = plan.virtual_tokens_at
         best = _best([line["heldout"] for line in scores], metric)
         described |= {"choosing": best, "rungs": passed, "total_steps": total}
-        described |= _token_ms(latency, plan.name)
+        described |= _token_ms(latency, plan.name) | _training(training, plan.name)
         found.append({**described, **_own(own, metric), "adapter": str(folder.path / "adapters" / plan.name)})
     found.sort(key=lambda one: (-one["rungs"], order(one["choosing"], metric)))
     sound = [one for one in found if not str(one["status"]).startswith("diverged") and one["choosing"] is not None]
@@ -65,6 +77,7 @@ def standings(folder: RunFolder) -> dict[str, Any]:
         "whole_tokens": _whole(found), "notices": record.get("notices") or [],
         "planned": _planned(folder),
         "base_token_ms": latency.get("base_token_ms"), "latency_unmeasured": latency.get("unmeasured"),
+        "stream_seconds": training.get("seconds"),
     })  # fmt: skip
 
 
@@ -89,6 +102,15 @@ def _token_ms(latency: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Milliseconds that a decoded token takes more with a contender, the middle half of the pairs beside them."""
     own = (latency.get("added_token_ms") or {}).get(name) or {}
     return {"token_ms": own.get("ms"), "token_ms_quartiles": own.get("quartiles")}
+
+
+def _training(training: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What training took a contender."""
+    own = (training.get("contenders") or {}).get(name) or {}
+    memory = dict(own.get("memory_mb") or {})
+    total = memory.pop("total", None)
+    found = {"training_seconds": own.get("seconds"), "training_token_ms": own.get("token_ms")}
+    return found | {"training_memory_mb": total, "training_memory_parts_mb": memory or None}
 
 
 def _chosen(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:

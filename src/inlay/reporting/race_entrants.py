@@ -33,7 +33,9 @@ class Entrant:
     `settings` are the method's and the course's; `line` says them in few words, the learning rate with them. `score`
     and its `interval` are of the final rows, `choosing` and `first` of the choosing rows: the best, and the one at the
     first rung. `token_ms` is what a decoded token takes more than with the base alone, milliseconds, with the middle
-    half of its pairs. `base` and `winner` are the comparisons with those two on the final rows.
+    half of its pairs. `training_seconds` is its share of the race's time, `training_token_ms` what a token of a step of
+    its own took, and `training_mb` an estimate of its memory (MiB), of which `training_parts` are the parts. `base` and
+    `winner` are the comparisons with those two on the final rows.
     """
 
     place: int
@@ -58,6 +60,10 @@ class Entrant:
     added: tuple[int | None, int | None] = (None, None)
     token_ms: float | None = None
     token_quartiles: Any = None
+    training_seconds: float | None = None
+    training_token_ms: float | None = None
+    training_mb: float | None = None
+    training_parts: Mapping[str, float] = field(default_factory=dict)
     base: Comparison | None = None
     winner: Comparison | None = None
     metrics: Sequence[Mapping[str, Any]] = ()
@@ -83,6 +89,7 @@ class Race:
     tokens: float | None = None
     whole_tokens: float | None = None
     seconds: float | None = None
+    stream_seconds: float | None = None
     base_token_ms: float | None = None
     unmeasured: str = ""
 
@@ -114,7 +121,8 @@ def read_race(folder: Path, result: Mapping[str, Any], record: Mapping[str, Any]
         _number(record.get("choosing_rows") or (record.get("data") or {}).get("choosing_rows")),
         shares if sound else (), sum(spent) if spent else None,
         None if status in LIVE else _number(result.get("whole_tokens")), _number(result.get("seconds")),
-        _number(result.get("base_token_ms")), str(result.get("latency_unmeasured") or ""),
+        _number(result.get("stream_seconds")), _number(result.get("base_token_ms")),
+        str(result.get("latency_unmeasured") or ""),
     )  # fmt: skip
 
 
@@ -147,8 +155,8 @@ class _Reader:
             _number(own.get("total_steps")), _latest(own, lines, "tokens", "tokens"),
             _number(own.get("trainable_parameters")), _number(own.get("file_bytes")),
             (_number(own.get("virtual_tokens")), _number(own.get("prefix_tokens"))),
-            _number(own.get("token_ms")), own.get("token_ms_quartiles"), _comparison(own.get("comparison")), against,
-            lines, self.rows[name],
+            _number(own.get("token_ms")), own.get("token_ms_quartiles"), *_training(own),
+            _comparison(own.get("comparison")), against, lines, self.rows[name],
         )  # fmt: skip
 
 
@@ -181,6 +189,14 @@ def _latest(own: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], name: st
     """What the record says, or the last line that was measured of a race that goes on."""
     given = _number(own.get(name))
     return given if given is not None or not lines else _number(lines[-1].get(measured))
+
+
+def _training(own: Mapping[str, Any]) -> tuple[float | None, float | None, float | None, dict[str, float]]:
+    """What training took: seconds, milliseconds a token, memory and its parts (MiB)."""
+    seconds, token, memory = (_number(own.get(f"training_{name}")) for name in ("seconds", "token_ms", "memory_mb"))
+    parts = own.get("training_memory_parts_mb")
+    known = parts.items() if isinstance(parts, Mapping) else ()
+    return seconds, token, memory, {str(name): value for name, value in known if is_number(value)}
 
 
 def _settings(own: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from inlay.files import write_text
 from .naming import named
 from .race_advice import advice, apart, standing
 from .race_charts import LATENCY, PARAMETERS, Axis, curves, front, scatter
+from .race_costs import costs
 from .race_effects import Pair, effects, pairs
 from .race_entrants import Entrant, Race, read_race
 from .report import page_environment
@@ -26,7 +27,6 @@ from .words import breakable, interval_text, number, printable, score_text
 
 __all__ = ["race_page", "write_race_page"]
 
-MB = 2**20
 PAIRS = 40
 """At most, in the table of pairs: each takes a bootstrap."""
 TITLES = {
@@ -48,10 +48,6 @@ class Row:
     within: str
     choosing: str
     parameters: str
-    size: str
-    added: str
-    latency: str
-    middle: str
     tokens: str
     steps: str
     base: tuple[str, str]
@@ -106,7 +102,8 @@ def race_page(folder: Path, result: Mapping[str, Any] | None = None, command: Se
         "unmeasured": race.unmeasured, "base_token": _milliseconds(race.base_token_ms),
         "timed": any(own.token_ms is not None for own in race.entrants),
         "charts": [(title, Markup(svg)) for title, svg in curves(race)],
-        "rows": rows, "scored": any(own.score is not None for own in race.entrants),
+        "rows": rows, "costs": costs(race), "stream": number(race.stream_seconds),
+        "scored": any(own.score is not None for own in race.entrants),
         "base": score_text(race.base), "metric": race.metric.replace("_", " "),
         "direction": "more" if race.higher else "less",
         "final": _counted(race.final_rows, "final row"), "choosing": _counted(race.choosing_rows, "choosing row"),
@@ -177,33 +174,10 @@ def _row(race: Race, own: Entrant) -> Row:
     won = race.winner is own
     return Row(
         own.place, own.name, f"{own.title} {own.line}".split(), own.state, score_text(own.score),
-        interval_text(own.interval), score_text(own.choosing), number(own.parameters), _size(own.file_bytes),
-        _added(own), *_latency(own), number(own.tokens), steps, _against(own.base),
+        interval_text(own.interval), score_text(own.choosing), number(own.parameters),
+        number(own.tokens), steps, _against(own.base),
         ("", "") if won else _against(own.winner), won,
     )  # fmt: skip
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return "–"
-    return f"{count / MB:,.1f} MB" if count >= MB / 10 else f"{count / 1024:,.1f} kB"
-
-
-def _added(own: Entrant) -> str:
-    """Tokens that it adds to each row, and keys to each layer."""
-    virtual, prefix = own.added
-    if virtual is None and prefix is None:
-        return "–"
-    parts = [number(virtual)] if virtual else []
-    return " + ".join([*parts, f"{number(prefix)} keys"] if prefix else parts) or "0"
-
-
-def _latency(own: Entrant) -> tuple[str, str]:
-    """What a token takes more, and the middle half of the pairs."""
-    if own.token_ms is None:
-        return "–", ""
-    within = interval_text(own.token_quartiles)
-    return f"{own.token_ms:+.3g}".replace("-", "−"), within
 
 
 def _milliseconds(value: float | None) -> str:

@@ -19,7 +19,7 @@ from inlay.runtime.memory import MB, TokenBudget, current_memory_mb
 from inlay.runtime.tasks import GENERATE, Task
 from inlay.training.learner import Learner
 
-__all__ = ["estimate_mb", "step_tokens"]
+__all__ = ["LearnerMemory", "estimate_mb", "learner_memory", "step_tokens"]
 
 KERNELS_MB = 150
 """What compiled kernels of a CPU's matrix products take in float32; in bfloat16 about twice as much was seen."""
@@ -40,7 +40,7 @@ def estimate_mb(
     """
     sizes = token_counts(examples)
     longest = int(sizes.max())
-    tried = examples[int(np.where(sizes <= LONGEST, sizes, 0).argmax())]
+    tried = _tried(examples, sizes)
     held = [_held(bank, learner, tried, task, budget.device, recompute) for learner in learners]
     a_token = max(own.saved for own in held) / len(tried.ids) / MB
     dtype = next(bank.model.parameters()).dtype
@@ -58,6 +58,46 @@ def estimate_mb(
         "estimate_mb": fixed + max(in_step + a_token * most, writing),
         "least_mb": fixed + max(in_step + a_token * longest, writing),
     }
+
+
+@dataclass(frozen=True)
+class LearnerMemory:
+    """MiB that one learner's training takes beside the base, as its run alone would: its `parameters`, `gradients`,
+    `optimizer` state, `copies` of the parameters (from before a step, and the best so far), and `activations`: what
+    its largest forward holds until the backward. The first, third and fourth are counted, the others estimated."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    copies: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.copies + self.activations
+
+
+def learner_memory(
+    bank: Bank, learner: Learner, examples: Sequence[Example], budget: TokenBudget, task: Task = GENERATE,
+    scored: bool = False, recompute: bool = False,
+) -> LearnerMemory:  # fmt: skip
+    """What the learner's training takes by the model of `estimate_mb`; its optimizer's state is counted as it is now,
+    so that a learner that has taken no step has none."""
+    sizes = token_counts(examples)
+    tried = _tried(examples, sizes)
+    held = _held(bank, learner, tried, task, budget.device, recompute)
+    states = _States.of([learner], scored, next(bank.model.parameters()).dtype)
+    tokens = step_tokens([learner], sizes, budget)
+    kept = [v for own in learner.optimizer.state.values() for v in own.values() if isinstance(v, torch.Tensor)]
+    return LearnerMemory(
+        states.own, states.gradients, sum(v.numel() * v.element_size() for v in kept) / MB, states.copies,
+        (held.saved / len(tried.ids) * tokens + held.beside) / MB,
+    )  # fmt: skip
+
+
+def _tried(examples: Sequence[Example], sizes: np.ndarray) -> Example:
+    """The longest example that is no longer than `LONGEST`."""
+    return examples[int(np.where(sizes <= LONGEST, sizes, 0).argmax())]
 
 
 @dataclass(frozen=True)
@@ -80,14 +120,24 @@ class _States:
         return cls(own / MB, flat * dtype.itemsize / MB, twice / MB, scored)
 
     @property
+    def copies(self) -> float:
+        """From before the step, and the best."""
+        return self.own * (1 + self.scored)
+
+    @property
+    def gradients(self) -> float:
+        """In a backward: in parts, and as one."""
+        return self.own + self.parts + self.twice
+
+    @property
     def rest(self) -> float:
-        """Between two steps: two moments of the optimizer, a copy from before the step, the best."""
-        return self.own * (3 + self.scored)
+        """Between two steps: two moments of the optimizer, and the copies."""
+        return 2 * self.own + self.copies
 
     @property
     def step(self) -> float:
-        """In a backward, the gradients come on top: in parts, and as one."""
-        return self.rest + self.own + self.parts + self.twice
+        """In a backward, the gradients come on top."""
+        return self.rest + self.gradients
 
     def written(self, on_cpu: bool) -> float:
         """While a checkpoint is written: the parameters once more, and on the CPU a copy of all that it holds."""
