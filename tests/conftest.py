@@ -43,3 +43,35 @@ def base_folder(tokenizer, tmp_path_factory):
     tf.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# ---- a server, of the test files that ask for one: SERVED of the file names its adapters, SERVER holds its settings
+
+
+@pytest.fixture(scope="module")
+def folder(request, base_folder, tmp_path_factory):
+    """A folder of adapters, in one of its own: all of `serving.ADAPTERS` where the file names none."""
+    from serving import ADAPTERS, make_adapters
+
+    path = tmp_path_factory.mktemp("served") / "adapters"
+    make_adapters(base_folder, path, getattr(request.module, "SERVED", [*ADAPTERS]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def running(request, base_folder, folder):
+    """A server over them, which asks for no key."""
+    from serving import serving
+
+    with serving(base_folder, folder, compare=True, **getattr(request.module, "SERVER", {})) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """An empty file of keys."""
+    from inlay.serve.http.keys import Keys
+
+    made = Keys(tmp_path_factory.mktemp("keys") / "keys.sqlite", make=True)
+    yield made
+    made.close()

@@ -16,6 +16,7 @@ from inlay.data.template import Template
 from inlay.runtime.generating import generate
 from inlay.runtime.requests import Request
 from inlay.runtime.sampling import Sampling
+from inlay.serve.http.app import make_routes
 from inlay.serve.http.run import open_service
 from inlay.serve.http.server import Server, bound
 from inlay.serve.http.settings import ServeSettings
@@ -78,7 +79,7 @@ def serving(base: Path, folder: Path, keys: Any = None, compare: bool = False, *
     given = ServeSettings(adapters=[str(folder)], base=str(base), base_name="tiny", dtype="float32", port=0, **settings)
     service = open_service(given)
     opened, ready = bound(given.host, 0), threading.Event()
-    server = Server(service, keys, given.allow_host, ready.set)
+    server = Server(make_routes(service), service, keys, given.allow_host, ready.set)
     service.engine.start()
     thread = threading.Thread(target=server.serve_on, args=(opened,))
     thread.start()

@@ -9,21 +9,12 @@ import pytest
 import torch
 import yaml
 
-from serving import make_adapters, serving
-
 NEW = 8
+SERVED = ["plain", "chats"]
 SENTENCE = "a good film"
 CHAT = "<|im_start|>user\na good film<|im_end|>\n<|im_start|>assistant\n"
 MODELS = {"tiny": None, "plain": "plain", "chats": "chats"}
 """Names of models, and their routes."""
-
-
-@pytest.fixture(scope="module")
-def running(base_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    make_adapters(base_folder, folder, ["plain", "chats"])
-    with serving(base_folder, folder, compare=True) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,24 @@ def test_a_tenant_of_many_asks_does_not_hold_up_another(saved):
     assert len(order) == 10 and sum(one.last < light.first for one in tickets) <= 6
 
 
+def test_a_flood_leaves_rows_and_places_to_others_that_are_known(saved):
+    _, folder, _ = saved
+    with serving(folder, most=8, waiting=32) as engine:
+        assert len(answer(engine, "small", tenant="light")) == 6
+        go, running = threading.Event(), []
+        engine.call(lambda bank: go.wait(20))
+        tickets = [engine.submit(ask("small", new=50, tenant="heavy")) for _ in range(28)]
+        with pytest.raises(Busy):
+            engine.submit(ask("small", tenant="heavy"))
+        tickets.append(engine.submit(ask("small", tenant="light")))  # there are places for it
+        go.set()
+        for _ in range(5):
+            engine.call(lambda bank: running.append(engine.stats().tenants["heavy"].running)).result()
+        assert len(read(tickets[-1])) == 6 and 4 <= max(running) <= 7
+        for ticket in tickets:
+            ticket.cancel()
+
+
 def test_a_sick_adapter_ends_its_own_asks_alone(saved):
     bank, folder, _ = saved
     with serving(folder) as engine:

@@ -26,9 +26,9 @@ from inlay.serve.experiments.results import Results
 from inlay.serve.experiments.sequential import LEVEL, Bets, difference, mean_interval, share_interval
 from inlay.serve.experiments.store import Measured, Store
 from inlay.serve.http.experiments import set_from_file, start
-from inlay.serve.http.keys import Keys
-from serving import make_adapters, serving
+from serving import serving
 
+SERVED = ["plain", "reviews", "chats"]
 UNITS = [unit_of("", f"user {number}") for number in range(4000)]
 
 
@@ -338,11 +338,6 @@ def test_files_that_hold_something_else_are_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    return Keys(tmp_path_factory.mktemp("keys") / "keys.sqlite", make=True)
-
-
-@pytest.fixture(scope="module")
 def known(keys):
     return {
         "boss": keys.add("boss", None, None, True),
@@ -352,10 +347,9 @@ def known(keys):
 
 
 @pytest.fixture(scope="module")
-def running(base_folder, keys, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    make_adapters(base_folder, folder / "adapters", ["plain", "reviews", "chats"])
-    with serving(base_folder, folder / "adapters", keys, compare=True, state=str(folder / "state.sqlite")) as made:
+def running(base_folder, folder, keys):
+    """A server that asks for keys, and keeps experiments beside the adapters' folder."""
+    with serving(base_folder, folder, keys, compare=True, state=str(folder.parent / "state.sqlite")) as made:
         yield made
 
 

@@ -17,22 +17,9 @@ from inlay.runtime.generating import generate
 from inlay.runtime.memory import TokenBudget
 from inlay.runtime.requests import Request
 from inlay.runtime.sampling import Sampling
-from serving import ADAPTERS, REVIEW, make_adapters, serving
+from serving import ADAPTERS, REVIEW, make_adapters
 
 NEW = 8
-
-
-@pytest.fixture(scope="module")
-def folder(base_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("adapters")
-    make_adapters(base_folder, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def running(base_folder, folder):
-    with serving(base_folder, folder, compare=True) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

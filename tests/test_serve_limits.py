@@ -30,20 +30,9 @@ from inlay.serve.http.server import bound, check_safe
 from inlay.serve.http.settings import ServeSettings
 from serving import make_adapters, serving
 
-LIMITS = dict(max_body=20_000, max_prompt=60, max_answer=100, max_answers=8, rows=4, slow=2.0, drain=2.0)
+SERVED = ["plain", "reviews"]
+SERVER = dict(max_body=20_000, max_prompt=60, max_answer=100, max_answers=8, rows=4, slow=2.0, drain=2.0)
 LONG = {"model": "plain", "prompt": "a film", "max_tokens": 90, "ignore_eos": True, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def folder(base_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("adapters")
-    make_adapters(base_folder, path, ["plain", "reviews"])
-    return path
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    return Keys(tmp_path_factory.mktemp("keys") / "keys.sqlite", make=True)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +47,8 @@ def known(keys):
 
 
 @pytest.fixture(scope="module")
-def running(base_folder, folder):
-    with serving(base_folder, folder, **LIMITS) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def guarded(base_folder, folder, keys, known):
-    with serving(base_folder, folder, keys, max_open_per_key=2, **LIMITS) as made:
+    with serving(base_folder, folder, keys, max_open_per_key=2, **SERVER) as made:
         yield made
 
 

@@ -12,9 +12,8 @@ import httpx
 import pytest
 
 from inlay.runtime.decode import Decoder
-from inlay.serve.http.keys import Keys
 from inlay.serve.http.page import PATHS
-from serving import make_adapters, serving
+from serving import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -26,29 +25,14 @@ IN_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is on the 
 
 
 @pytest.fixture(scope="module")
-def folder(base_folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("adapters")
-    make_adapters(base_folder, path)
-    return path
+def known(keys):
+    """Two keys by name."""
+    return {"user": keys.add("user", ["plain", "tiny"], None, False), "boss": keys.add("boss", None, None, True)}
 
 
 @pytest.fixture(scope="module")
-def running(base_folder, folder):
-    with serving(base_folder, folder, compare=True) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    """A file of keys, and two of them."""
-    keys = Keys(tmp_path_factory.mktemp("keys") / "keys.sqlite", make=True)
-    yield keys, {"user": keys.add("user", ["plain", "tiny"], None, False), "boss": keys.add("boss", None, None, True)}
-    keys.close()
-
-
-@pytest.fixture(scope="module")
-def guarded(base_folder, folder, known):
-    with serving(base_folder, folder, known[0]) as made:
+def guarded(base_folder, folder, keys):
+    with serving(base_folder, folder, keys) as made:
         yield made
 
 
@@ -308,7 +292,7 @@ def test_answers_of_an_experiment_are_judged_and_its_arms_are_shown(base_folder,
 
 @IN_BROWSER
 def test_a_key_is_asked_for_where_the_server_needs_one(guarded, known, opened):
-    page, keys = opened(guarded, 400), known[1]
+    page, keys = opened(guarded, 400), known
     field = page.get_by_label("API key")
     field.wait_for()
     assert not page.get_by_role("heading", name="Chat").is_visible()

@@ -18,6 +18,7 @@ EXTRAS = {
     "race": "--space race.yaml that is sampled",
     "live": "race --open",
     "serve": "serve",
+    "ray": "serve --ray",
 }
 """What each extra of the package is for."""
 

@@ -20,6 +20,7 @@ def command(settings: ServeSettings, as_json: bool) -> None:
 
     /v1/chat/completions uses the template that an adapter was trained with, /v1/completions takes prompts as they are,
     /v1/classify gives labels. The server answers this machine alone until there are keys: --add-key NAME --keys FILE.
+    --ray --replicas N runs several servers, and asks for an adapter where it is in memory.
     """
     from inlay.serve.http.run import make_key, serve
 
@@ -32,7 +33,8 @@ def command(settings: ServeSettings, as_json: bool) -> None:
             emit(said, True)
         else:
             adapters = counted(len(said["adapters"]), "adapter")
-            console.print(f"serving {said['base']} with {adapters} at {said['url']}", highlight=False, markup=False)
+            by = f" by {counted(said['replicas'], 'replica')}" if "replicas" in said else ""
+            console.print(f"serving {said['base']} with {adapters}{by} at {said['url']}", highlight=False, markup=False)
 
     with console.status("opening the base") as status:
 
@@ -40,4 +42,6 @@ def command(settings: ServeSettings, as_json: bool) -> None:
             status.stop()
             ready(said)
 
+        if settings.ray:
+            from inlay.serve.cluster.run import serve_cluster as serve
         serve(settings, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True), on_ready)

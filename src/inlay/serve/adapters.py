@@ -13,9 +13,11 @@ from inlay.bank.bank import Bank
 from inlay.batch.route import RowSpec, normalise
 from inlay.errors import InlayError, UsageError
 
-from .entries import AdapterInfo, Anything, Claim, Entry, UnknownAdapter, head_task, info_of, plain_names
-from .folders import Folders, Forbidden, Signature, signature_of
-from .versions import NotSettled, Versions
+from .entries import AdapterInfo, Anything, Claim, Entry, head_task, info_of, plain_names
+from .folders import Folders, Signature, signature_of
+from .heads import head_missing
+from .refusals import Forbidden, NotSettled, UnknownAdapter
+from .versions import Versions
 
 __all__ = ["AdapterInfo", "AdapterStore", "Claim", "Forbidden", "NotSettled", "UnknownAdapter", "plain_names"]
 
@@ -81,16 +83,26 @@ class AdapterStore:
         """
         if not name or len(name) > 200 or not name.isprintable():
             raise UsageError(f"{name!r} is no name of an adapter", "Give printable characters, 200 at most.")
+        entry = self._successor(name, path)
+        self._hand_over(lambda: self._tried(entry))
+        self._install(entry)
+
+    def place(self, name: str, path: str | Path) -> None:
+        """`load`, but only when it is asked for: another server has tried it. Raises: Forbidden; UsageError."""
+        self._install(self._successor(name, path))
+
+    def _successor(self, name: str, path: str | Path) -> Entry:
         folder = self.folders.path_of(path)
         with self._lock:
             old = self._entries.get(name)
-        entry = Entry(name, folder, version=old.version if old else 0, content=old.content if old else b"")
-        self._hand_over(lambda: self._tried(entry))
+        return Entry(name, folder, version=old.version if old else 0, content=old.content if old else b"")
+
+    def _install(self, entry: Entry) -> None:
         with self._lock:
-            self._hidden.pop(name, None)
-            if name in self._entries:
-                self._retire(name)
-            self._entries[name] = entry
+            self._hidden.pop(entry.name, None)
+            if entry.name in self._entries:
+                self._retire(entry.name)
+            self._entries[entry.name] = entry
         self._hand_over(self.sweep)
 
     def unload(self, name: str) -> None:
@@ -199,7 +211,7 @@ class AdapterStore:
     def _ready(self, entry: Entry, settle: float = 0.0) -> str:
         if entry.loaded is None:
             if entry.refused and entry.refused == signature_of(entry.path):
-                raise InlayError(entry.error or f"adapter {entry.name!r} does not load")
+                raise entry.why or InlayError(f"adapter {entry.name!r} does not load")
             self._load(entry, settle)
         assert entry.loaded is not None
         entry.used = time.time()
@@ -223,8 +235,10 @@ class AdapterStore:
         except NotSettled:
             raise
         except Exception as error:
-            known = error if isinstance(error, InlayError) else _unforeseen(entry.name, error)
-            entry.error, entry.refused = str(plain_names(known)), signature
+            known = head_missing(entry, self._versions.bank.model)
+            known = known or (error if isinstance(error, InlayError) else _unforeseen(entry.name, error))
+            entry.why = plain_names(known)
+            entry.error, entry.refused = str(entry.why), signature
             log.warning("adapter %r does not load: %s", entry.name, entry.error)
             raise known from None
         with self._lock:

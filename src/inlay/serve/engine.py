@@ -13,21 +13,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import count
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from inlay.bank.bank import Bank
 from inlay.errors import InlayError
-from inlay.runtime.requests import Request, Token
+from inlay.runtime.requests import Token
 
-from .adapters import AdapterStore, Forbidden, UnknownAdapter
+from .adapters import AdapterStore
 from .checks import Limits
 from .entries import plain_names, renamed
-from .scheduler import Scheduler
+from .refusals import Busy, Forbidden, NotSettled, UnknownAdapter
+from .scheduler import Scheduler, full
 from .stats import EngineStats, TenantStats
-from .tickets import Ask, Busy, Ticket, deliver
-from .versions import NotSettled
+from .tickets import Ask, Ticket, deliver
 from .work import Work, told
 from .writers import Writer, check_writes, writer_for
 
@@ -58,7 +59,7 @@ class Engine:
         self._writer: Writer = writer_for(bank, tokenizer, store, most)
         self._limits = Limits(bank, tokenizer is not None, store, most)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._scheduler: Scheduler[Work] = Scheduler()
+        self._scheduler: Scheduler[Work] = Scheduler(most if bank.packs else None)
         self._held: list[Work] = []
         self._running: dict[int, Work] = {}
         self._works: dict[Ticket, Work] = {}
@@ -109,8 +110,8 @@ class Engine:
             with self._lock:
                 if self._stopping or not self.alive:
                     raise Busy(1.0, "the server is stopping" if self._stopping else "the engine is not running")
-                if (there := self._waiting.total()) >= self._most_waiting:
-                    raise Busy(min(60.0, max(1.0, self._pace * there)))
+                if full(self._waiting, ask.tenant, self._most_waiting):
+                    raise Busy(min(60.0, max(1.0, self._pace * self._waiting.total())))
                 self._waiting[ask.tenant] += 1
                 work = Work(Ticket(ask, lambda ticket: self._inbox.put(lambda: self._cancel(ticket))), claim)
                 self._inbox.put(lambda: self._enqueue(work))
@@ -167,6 +168,7 @@ class Engine:
                     if self._writer.busy:
                         for tokens in self._writer.step(self._wanted):
                             self._deliver(tokens)
+                        self._scheduler.stepped()
                     self.adapters.sweep()
                 except Exception as error:
                     self._broken(error)
@@ -180,7 +182,7 @@ class Engine:
 
     def _read_inbox(self) -> None:
         """Do what was asked since the last step; where nothing else is to be done, wait for it."""
-        nothing = not self._writer.busy and self._scheduler.peek() is None
+        nothing = not self._writer.busy and (not self._scheduler or bool(self._held))
         try:
             message = self._inbox.get(nothing, HELD if self._held or self._stopping else IDLE)
             while True:
@@ -194,26 +196,27 @@ class Engine:
         if work.ticket.cancelled:
             self._leave(work)
             return
-        self._scheduler.push(work.ask.tenant, work, work.ask.cost)
+        ask = work.ask
+        self._scheduler.push(ask.tenant, work, len(ask.ids), ask.sampling.n)
 
     def _admit(self) -> None:
         """Let those begin whose turn it is, while there is room."""
         now = time.monotonic()
         for work in [work for work in self._held if work.retry <= now]:
-            if self._writer.room(len(work.ask.ids), work.ask.sampling.n):
+            if self._fits(work):
                 self._held.remove(work)
                 self._begin(work)
-        while (work := self._scheduler.peek()) is not None:
-            if not self._writer.room(len(work.ask.ids), work.ask.sampling.n):
-                return
-            self._begin(self._scheduler.pop())
+        while (work := self._scheduler.take(self._fits)) is not None:
+            self._begin(work)
+
+    def _fits(self, work: Work) -> bool:
+        return self._writer.room(len(work.ask.ids), work.ask.sampling.n)
 
     def _begin(self, work: Work) -> None:
         ask, number = work.ask, next(self._numbers)
         try:
             route = renamed(ask.route, self.adapters.begin(work.claim))
-            name = ask.name or "the request"
-            self._writer.add(number, Request(route, ask.ids, ask.sampling, ask.place, name, ask.scope))
+            self._writer.add(number, replace(ask, route=route))
         except NotSettled:
             work.retry = time.monotonic() + HELD
             self._held.append(work)
@@ -236,7 +239,9 @@ class Engine:
             if token.error is not None:
                 plain_names(token.error)
         deliver(pairs)
-        self._tokens += sum(token.id >= 0 for _, token in pairs)
+        made = Counter(ticket.ask.tenant for ticket, token in pairs if token.id >= 0)
+        self._tokens += made.total()
+        self._scheduler.charge(made)
         for number in {token.request for _, token in pairs if token.finish_reason is not None}:
             work = self._running[number]
             if work.ticket.ended:  # one that was cancelled meanwhile leaves with its other answers
@@ -258,11 +263,10 @@ class Engine:
         """An ask has ended, one way or another."""
         if self._works.pop(work.ticket, None) is None:
             return
+        self._scheduler.end(work)
         if self._running.pop(work.number, None) is None:
             self._stop_waiting(work)
             return
-        asked = work.ask.sampling.max_new_tokens * work.ask.sampling.n
-        self._scheduler.repay(work.ask.tenant, asked - work.ticket.made)
         now = time.monotonic()
         self._pace, self._ended = 0.9 * self._pace + 0.1 * (now - self._ended), now
 

@@ -19,20 +19,11 @@ __all__ = [
     "Anything",
     "Claim",
     "Entry",
-    "UnknownAdapter",
     "head_task",
     "info_of",
     "plain_names",
     "renamed",
 ]
-
-
-class UnknownAdapter(InlayError):
-    """No adapter is served under a name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        super().__init__(f"no adapter is called {name!r}", "See which there are: /v1/models.")
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,8 @@ class AdapterInfo:
 class Entry:
     """One name: where its files lie, what of them is in memory, and how many asks wait for it.
 
-    `content` and `signature` are of the files that were loaded last, `refused` of those that did not load.
+    `content` and `signature` are of the files that were loaded last, `refused` of those that did not load, and `why`
+    they did not.
     """
 
     name: str
@@ -74,6 +66,7 @@ class Entry:
     since: float = 0.0
     error: str | None = None
     refused: Signature = ()
+    why: InlayError | None = None
     said: tuple[Signature, tuple[str, int | None], Notes] | None = None
 
 

@@ -9,15 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from inlay.errors import InlayError, UsageError
+from inlay.errors import UsageError
 from inlay.formats import adapterhub, adapterhub_fusion, adapterhub_heads, peft
 from inlay.formats.folder_kinds import FUSION, KINDS, fusion_of, is_fusion
 from inlay.formats.peft import CONFIG
 from inlay.formats.support import ADAPTERHUB_CONFIGS, PEFT_TYPES
 
+from .refusals import Forbidden
+
 __all__ = [
     "Folders",
-    "Forbidden",
     "Signature",
     "digest_of",
     "files_of",
@@ -34,10 +35,6 @@ ENDS = (".json", ".safetensors")
 
 Signature = tuple[tuple[str, int, int, int], ...]
 """Of each file its name, its size, when it was changed (in ns), and its number on the disk."""
-
-
-class Forbidden(InlayError):
-    """A path leads out of the folders that adapters are served from, or to a file that is never opened."""
 
 
 class Folders:

@@ -7,39 +7,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from inlay.batch.route import RowSpec
 from inlay.errors import InlayError
-from inlay.runtime.requests import Token
-from inlay.runtime.sampling import Sampling
+from inlay.runtime.requests import Request, Token
 
-__all__ = ["Ask", "Busy", "Ticket", "deliver"]
-
-
-class Busy(InlayError):
-    """The engine takes no more now; `retry_after` seconds are a good time to wait."""
-
-    def __init__(self, retry_after: float, what: str = "as many requests wait as may") -> None:
-        self.retry_after = retry_after
-        super().__init__(what, f"Try again in {max(1, round(retry_after))} s.")
+__all__ = ["Ask", "Ticket", "deliver"]
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A prompt's `ids`, the adapters that answer it by the names that users know, and how.
+class Ask(Request):
+    """A request whose route names adapters as users know them; `tenant` is whose turn it takes."""
 
-    Virtual tokens stand before token `place`. `tenant` is whose turn it takes; asks of one `scope` may share what they
-    have read of common beginnings. `name` is what errors call it.
-    """
-
-    route: RowSpec
-    ids: Sequence[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    place: int = 0
     tenant: str = ""
-    scope: str = ""
-    name: str = ""
 
     @property
     def cost(self) -> int:

@@ -14,21 +14,15 @@ from torch import Tensor
 
 from inlay.bank.adapter import Adapter
 from inlay.bank.bank import Bank
-from inlay.errors import InlayError, UsageError
+from inlay.errors import UsageError
 
 from .folders import Folders, Signature, digest_of, newest, signature_of
+from .refusals import NotSettled
 
-__all__ = ["Loaded", "NotSettled", "Versions"]
+__all__ = ["Loaded", "Versions"]
 
 
 log = logging.getLogger("inlay.serve")
-
-
-class NotSettled(InlayError):
-    """An adapter's files may be in the making."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(f"the files in {folder} have just changed", "Try again in a moment.")
 
 
 @dataclass(frozen=True, eq=False)

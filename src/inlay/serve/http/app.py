@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,21 +13,20 @@ import inlay
 
 from .adapters import AdapterRoutes
 from .experiments import ExperimentRoutes
-from .guard import Guard, key_of
-from .keys import Keys
+from .guard import key_of
 from .page import add_page
 from .problems import Json, Problem, problem_of
 from .service import Service
 from .writing import WritingRoutes
 
-__all__ = ["make_app"]
+__all__ = ["make_routes"]
 
 PLACE = 60
 """Characters of a wrong field's path that are said."""
 
 
-def make_app(service: Service, keys: Keys | None, hosts: Collection[str]) -> Guard:
-    """The ASGI application of a server that answers to the names `hosts`; `keys` None lets everybody ask."""
+def make_routes(service: Service) -> FastAPI:
+    """The ASGI application that answers; a `Guard` stands before it, and says who asks."""
     app = FastAPI(title="Inlay", version=inlay.__version__, docs_url=None, redoc_url=None)
     for kind in (HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _refused)
@@ -55,7 +53,7 @@ def make_app(service: Service, keys: Keys | None, hosts: Collection[str]) -> Gua
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     add_page(app)
-    return Guard(app, service.limits, keys, hosts)
+    return app
 
 
 class HealthRoutes:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from inlay.batch.route import RowSpec
 from inlay.serve.adapters import AdapterStore
-from inlay.serve.entries import UnknownAdapter
 from inlay.serve.experiments.arms import Experiment, Trial, draw, unit_of
+from inlay.serve.refusals import UnknownAdapter
 
 from .keys import EVERYBODY, Key
 from .problems import Problem

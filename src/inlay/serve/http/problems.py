@@ -12,10 +12,7 @@ from starlette.responses import Response
 
 from inlay.errors import DataError, FormatError, InlayError, UsageError
 from inlay.files import finite
-from inlay.serve.entries import UnknownAdapter
-from inlay.serve.folders import Forbidden
-from inlay.serve.tickets import Busy
-from inlay.serve.versions import NotSettled
+from inlay.serve.refusals import Busy, Forbidden, NotSettled, UnknownAdapter
 
 __all__ = ["Json", "Problem", "dumped", "problem_of", "too_many"]
 

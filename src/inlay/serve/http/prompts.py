@@ -146,7 +146,8 @@ class Prompts:
     def _check_writes(self, found: Prompting | None) -> None:
         if found is not None and found.template.task != "generate":
             task = found.template.task
-            said = f"this adapter was trained to {task} with a head, and writes no text. Ask /v1/classify"
+            said = f"this adapter was trained to {task} with a head, and writes no text"
+            said += "; its labels are asked at /v1/classify" if task == "classify" else ""
             raise Problem(400, said, param="model")
 
     def _check(self, ids: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from .keys import Keys
 from .limits import Rate
 from .settings import ServeSettings
 
-__all__ = ["make_key", "serve"]
+__all__ = ["checked_keys", "hosts_of", "log_to_stderr", "make_key", "open_service", "serve", "url_of"]
 
 LOCAL_NAMES = ("0.0.0.0", "::")
 MARGIN = 256
@@ -48,15 +48,11 @@ def serve(
     Raises: UsageError where others could ask without a key, or something given is not there; InlayError where the port
     is taken or a library is missing.
     """
-    for module in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
-        require(module, "inlay serve", "serve")
-    from .server import Server, bound, check_safe
+    keys = checked_keys(settings)
+    from .app import make_routes
+    from .server import Server, bound
 
-    if not settings.adapters:
-        raise UsageError("--adapters is missing", "Name a folder whose folders are adapters or runs.")
-    keys = None if settings.keys is None else Keys(settings.keys)
-    check_safe(settings.host, keys)
-    _log(settings.log_prompts)
+    log_to_stderr(settings.log_prompts)
     with ExitStack() as stack:
         opened = stack.enter_context(bound(settings.host, settings.port))
         if keys is not None:
@@ -66,20 +62,42 @@ def serve(
             from .experiments import start
 
             start(service.names, service.experiments, settings.experiments, on_message)
-        port = opened.getsockname()[1]
-        shown = f"[{settings.host}]" if ":" in settings.host else settings.host
         said = {
-            "url": f"http://{shown}:{port}",
+            "url": url_of(settings, opened),
             "base": service.base,
             "adapters": [info.name for info in service.adapters.known()],
         }
-        if settings.host in LOCAL_NAMES and not settings.allow_host:
-            on_message("clients elsewhere are refused by the name they ask for: say it with --allow-host NAME")
-        hosts = {*settings.allow_host, settings.host} - set(LOCAL_NAMES)
-        server = Server(service, keys, hosts, lambda: on_ready(said))
+        server = Server(make_routes(service), service, keys, hosts_of(settings, on_message), lambda: on_ready(said))
         service.engine.start()
         stack.enter_context(service.watched())
         server.serve_on(opened)
+
+
+def checked_keys(settings: ServeSettings) -> Keys | None:
+    """The keys, where some are given. Raises: UsageError where others could ask without one, or something is missing;
+    InlayError where a library is."""
+    for module in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
+        require(module, "inlay serve", "serve")
+    from .server import check_safe
+
+    if not settings.adapters:
+        raise UsageError("--adapters is missing", "Name a folder whose folders are adapters or runs.")
+    keys = None if settings.keys is None else Keys(settings.keys)
+    check_safe(settings.host, keys)
+    return keys
+
+
+def url_of(settings: ServeSettings, opened: Any) -> str:
+    """Where the socket `opened` is asked."""
+    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{shown}:{opened.getsockname()[1]}"
+
+
+def hosts_of(settings: ServeSettings, on_message: Callable[[str], None]) -> set[str]:
+    """The names that the server answers to, beside this machine's own for itself."""
+    if settings.host in LOCAL_NAMES and not settings.allow_host:
+        on_message("clients elsewhere are refused by the name they ask for: say it with --allow-host NAME")
+    return {*settings.allow_host, settings.host} - set(LOCAL_NAMES)
 
 
 def open_service(settings: ServeSettings) -> Any:
@@ -132,7 +150,7 @@ def _noted_dtype(folder: Path, read: Callable[[Path], Any]) -> str | None:
         return None
 
 
-def _log(prompts: bool) -> None:
+def log_to_stderr(prompts: bool) -> None:
     """The server's own log goes to stderr: a line for each request."""
     log = logging.getLogger("inlay.serve")
     log.setLevel(logging.INFO)

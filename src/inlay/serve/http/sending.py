@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
-from contextlib import suppress
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
 
 from starlette.responses import Response
 
 from .answers import Shape
-from .problems import Json, Problem, dumped
+from .problems import Json, Problem
 from .service import Work
+from .streams import DONE, Gone, event, unless_gone
 
 __all__ = ["Events", "answered"]
 
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-DONE = b"data: [DONE]\n\n"
-T = TypeVar("T")
-
-
-class Gone(Exception):
-    """The client has gone."""
 
 
 async def answered(request: Any, work: Work, shape: Shape) -> Any:
     """All answers in one piece. Raises: Problem."""
     outcome = "left"
     try:
-        answers = await _unless_gone(request.receive, work.whole())
+        answers = await unless_gone(request.receive, work.whole())
         outcome = "done"
         return Json(shape.whole(answers, work.usage()), headers=shape.head.headers())
     except Gone:
@@ -55,10 +49,10 @@ class Events(Response):
         outcome = "left"
         pieces = self._pieces()
         try:
-            first = await _unless_gone(receive, _next(pieces))
+            first = await unless_gone(receive, _next(pieces))
             own = [(name.encode(), value.encode()) for name, value in self.shape.head.headers().items()]
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS + own})
-            outcome = await _unless_gone(receive, self._sent(first, pieces, send))
+            outcome = await unless_gone(receive, self._sent(first, pieces, send))
         except (Gone, OSError, TimeoutError):
             scope["inlay.note"] = " (the client has gone, or reads too slowly)"
         except Problem:
@@ -77,7 +71,7 @@ class Events(Response):
                 await self._send(piece, send)
         except Problem as problem:
             outcome = "failed"
-            await self._send(_event(problem.body()), send)
+            await self._send(event(problem.body()), send)
         await self._send(DONE, send)
         await self._send(b"", send, False)
         return outcome
@@ -93,34 +87,10 @@ class Events(Response):
             begun = True
             made += self.shape.piece(answer, token)
             if made:
-                yield b"".join(map(_event, made))
+                yield b"".join(map(event, made))
         if self.usage:
-            yield _event(self.shape.closing(self.work.usage()))
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + dumped(value) + b"\n\n"
+            yield event(self.shape.closing(self.work.usage()))
 
 
 async def _next(pieces: AsyncIterator[bytes]) -> bytes:
     return await anext(pieces, b"")
-
-
-async def _unless_gone(receive: Any, work: Awaitable[T]) -> T:
-    """What `work` gives, unless the client goes before. Raises: Gone."""
-    doing, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise Gone
-        return doing.result()
-    finally:
-        for task in (doing, gone):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-async def _disconnected(receive: Any) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

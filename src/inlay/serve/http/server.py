@@ -6,18 +6,17 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 
 from inlay.errors import InlayError, UsageError
 
-from .app import make_app
-from .guard import LOCAL
+from .guard import LOCAL, Guard
 from .keys import Keys
-from .service import Service
+from .limits import Limits
 
-__all__ = ["Server", "bound", "check_safe"]
+__all__ = ["Served", "Server", "bound", "check_safe"]
 
 BACKLOG = 2048
 
@@ -46,20 +45,32 @@ def bound(host: str, port: int) -> socket.socket:
     return opened
 
 
+class Served(Protocol):
+    """What stands behind a server; `draining` says that it stops."""
+
+    draining: bool
+
+    @property
+    def limits(self) -> Limits: ...
+    def stop(self) -> None: ...
+
+
 class Server(uvicorn.Server):
-    """One server. A first SIGTERM or Ctrl-C lets answers end, for `drain` seconds at most; a second ends at once.
+    """One server over an ASGI `app` that may count on a `Guard`; it answers to the names `hosts`, and `keys` None lets
+    everybody ask. A first SIGTERM or Ctrl-C lets answers end, for `drain` seconds at most; a second ends at once.
 
     `on_ready` is called when requests are taken.
     """
 
     def __init__(
-        self, service: Service, keys: Keys | None, hosts: Collection[str], on_ready: Callable[[], None] = lambda: None
-    ) -> None:
-        self.service, self.on_ready = service, on_ready
-        drain = service.limits.drain
+        self, app: Any, served: Served, keys: Keys | None, hosts: Collection[str],
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.served, self.on_ready = served, on_ready
+        drain = served.limits.drain
         super().__init__(
             uvicorn.Config(
-                make_app(service, keys, {*LOCAL, *hosts}),
+                Guard(app, served.limits, keys, {*LOCAL, *hosts}),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -75,18 +86,16 @@ class Server(uvicorn.Server):
         """Stop taking requests. Unlike uvicorn's own, it does not raise the signal again at the end."""
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
-        self.should_exit = self.service.draining = True
+        self.should_exit = self.served.draining = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.on_ready()
 
     def serve_on(self, opened: socket.socket) -> None:
-        """Serve until a signal; then the engine stops too."""
+        """Serve until a signal; then what is served stops too."""
         try:
             asyncio.run(self.serve([opened]))
         finally:
-            self.service.draining = True
-            self.service.engine.stop(0.0)
-            self.service.close()
+            self.served.stop()
             opened.close()

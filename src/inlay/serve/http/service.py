@@ -153,7 +153,10 @@ class Service:
         finally:
             watcher.stop()
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Take no more requests, and end those under way."""
+        self.draining = True
+        self.engine.stop(0.0)
         self._encoding.shutdown(wait=False, cancel_futures=True)
         if self.experiments is not None:
             self.experiments.close()

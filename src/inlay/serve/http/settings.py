@@ -20,6 +20,8 @@ __all__ = ["KEYS", "ServeSettings"]
 
 KEYS = ("add_key", "drop_key", "adapters_of", "rate", "admin")
 """Settings of which a key is made or dropped; nothing is served then."""
+CLUSTER = "Several servers"
+"""The heading of Ray's flags in `--help`."""
 
 
 def _listed(value: Any) -> Any:
@@ -77,6 +79,13 @@ class ServeSettings(Limits):
         From(as_path),
         Help("a file for experiments, feedback and counts; beside --experiments where unset"),
     ] = None
+    ray: Annotated[bool, Help("several servers behind Ray Serve, each with a base of its own", CLUSTER)] = False
+    replicas: Annotated[Count | None, Help("how many servers; 2 where unset", CLUSTER)] = None
+    replica_cpus: Annotated[Count | None, Help("cores of each server; an even share where unset", CLUSTER)] = None
+    ray_address: Annotated[
+        str | None,
+        Help("a Ray cluster that runs already, as auto or HOST:PORT; one on this machine where unset", CLUSTER),
+    ] = None
     log_prompts: Annotated[bool, Help("write prompts into the log, which is silent about them otherwise")] = False
     allow_host: Annotated[Sequence[str], From(_listed), Help("a name that clients call this server by", GUARD)] = ()
     keys: Annotated[str | None, From(as_path), Help("a file of API keys; every request then needs one", GUARD)] = None
@@ -94,6 +103,9 @@ class ServeSettings(Limits):
             raise UsageError(f"--{asked[0].replace('_', '-')} is about keys", "Name their file: --keys FILE.")
         if asked and not (self.add_key or self.drop_key):
             raise UsageError(f"--{asked[0].replace('_', '-')} says what a key may do", "Add --add-key NAME.")
+        given = [name for name in ("replicas", "replica_cpus", "ray_address") if getattr(self, name) is not None]
+        if given and not self.ray:
+            raise UsageError(f"--{given[0].replace('_', '-')} is about several servers", "Add --ray.")
         if self.add_key and self.drop_key:
             raise UsageError("--add-key and --drop-key are two things", "Do one after the other.")
 
