@@ -213,7 +213,7 @@ def cost(a: argparse.Namespace, bench: Bench) -> None:
     (case,) = a.cases
     rows, _, _ = reviews(16 * 7)
     examples = prepare(bench.encoder, rows).examples
-    learners = add_learners(bench.bank, [Plan("it", bench.method(case), lr=1e-6)], len(examples))
+    learners = add_learners(bench.bank, [Plan("it", bench.method(case), lr=1e-6)], len(examples), examples=examples)
     marks = []
     for _ in train_steps(bench.bank, learners, examples, TokenBudget(4096)):
         marks.append((time.perf_counter(), learners[0].tokens))

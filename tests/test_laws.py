@@ -455,3 +455,28 @@ def test_a_prompt_starts_from_words_or_at_random(tokenizer, base_folder):
     assert not torch.equal(*random) and 0.5 < float(random[0].detach().std() / table.std()) < 2
     sampled = bank.add("vocab", inlay.PromptTuning(num_virtual_tokens=3, init="vocab"), seed=1).params[""]["prompt"]
     assert all((row == table).all(1).any() for row in sampled)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_method_merges_into_half_precision_or_says_why(name):
+    for wish, method in WISHES.items():
+        made = INSTEAD.get((name, wish), method)()
+        if wish in REFUSED.get(name, ()) or getattr(made, "uses", ()):
+            continue
+        bank = inlay.attach(make(name, dtype=torch.bfloat16))
+        bank.add(wish, made, seed=1)
+        ids = ids_of([None])[0]
+        with torch.no_grad():
+            for parameter in bank.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+            with bank.route([wish]):
+                routed = run(bank, name, ids).float()
+        try:
+            bank.merge(wish)
+        except UsageError:
+            continue
+        finally:
+            bank.detach()
+        with torch.no_grad():
+            merged = bank.model(input_ids=ids).logits.float()
+        assert (merged - routed).norm() / routed.norm() < 0.1, wish

@@ -80,6 +80,8 @@ class LlamaAdapter(Method):
         if site is None:
             return {}
         layers, prompts = _layers(site), params["P"]
+        weight: Any = next(iter(layers.values())).weight
+        prompts = prompts.to(weight.dtype) if weight.is_floating_point() else prompts  # as the base reads its tokens
         if "k" in layers:
             keys, values = (plain_call(layers[role], {}, prompts) for role in ("k", "v"))
         else:
