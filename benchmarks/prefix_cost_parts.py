@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class Bench:
 
 def time_cell(a: argparse.Namespace) -> dict[str, Any]:
     """All cases in turn on the same rows, in rounds: seconds of a step, of a first token and of each further one."""
-    from inlay.runs.timing import answer_seconds
+    from inlay.runtime.latency import token_times
 
     length = int(a.what[0])
     bench = Bench(a, length)
@@ -85,9 +86,9 @@ def time_cell(a: argparse.Namespace) -> dict[str, Any]:
         for case, learner in learners.items():
             name = None if learner is None else case
             found[case]["step"].append(bench.step(learner))
-            first, whole = (answer_seconds(bench.bank, name, bench.rows[0].ids, 1, new) for new in (1, NEW + 1))
+            first, *others = token_times(bench.bank, name, bench.rows[0], NEW + 1)
             found[case]["first"].append(first)
-            found[case]["token"].append(max(0.0, whole - first) / NEW)
+            found[case]["token"].append(statistics.median(others))
     return {"kind": "time", "length": length, "cases": {case: _counted(own) for case, own in found.items()}}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from inlay.errors import InlayError
 from inlay.methods.lora import LoRA
 from inlay.runtime.forward import Segment
 from inlay.runtime.held import held_bytes
+from inlay.runtime.latency import token_times
 from inlay.runtime.memory import MB, TokenBudget
 from inlay.runtime.tasks import GENERATE, Task
 from inlay.sites.positions import positions_of
@@ -23,7 +24,7 @@ from inlay.training.learner import Learner
 from inlay.training.loop import add_learners
 from inlay.training.plan import Plan
 
-from .timing import Clock, answer_seconds, base_seconds, gradient_seconds
+from .timing import Clock, base_seconds, gradient_seconds
 
 __all__ = ["added_cost"]
 
@@ -78,7 +79,7 @@ def _compared(
     writes = plain and getattr(bank.model, "can_generate", bool)()
     steps: dict[str, list[float]] = {name: [] for name in names}
     answers: dict[str, list[float]] = {name: [] for name in names}
-    begun, ids = clock(), _asked(bank, rows, learners)
+    begun, asked = clock(), _asked(bank, rows, learners)
     for number in range(ROUNDS):
         if number > 1 and clock() - begun > SECONDS:
             break
@@ -90,8 +91,7 @@ def _compared(
                 steps[name].append(gradient_seconds(bank, own, rows, budget, task, recompute, clock))
             if writes:
                 route = None if own is None else own.plan.name
-                first, whole = (answer_seconds(bank, route, ids, 1, count, clock) for count in (1, NEW + 1))
-                answers[name].append(max(0.0, whole - first) / NEW)
+                answers[name].append(mean(token_times(bank, route, asked, NEW + 1, clock=clock)[1:]))
     adapter = learners["adapter"]
     assert adapter is not None
     return {
@@ -123,9 +123,10 @@ def _held_mb(bank: Bank, learner: Learner, row: Example, task: Task) -> float:
         return held_bytes(known, lambda: task.losses(bank, [segment])[0]).saved / MB
 
 
-def _asked(bank: Bank, rows: Sequence[Example], learners: Mapping[str, Learner | None]) -> tuple[int, ...]:
-    """The tokens that the answers follow: a row of middle length, cut to the base's positions."""
+def _asked(bank: Bank, rows: Sequence[Example], learners: Mapping[str, Learner | None]) -> Example:
+    """What the answers follow: a row of middle length, cut to the base's positions."""
     adapters = [own.adapter for own in learners.values() if own is not None]
     added = max(one.virtual_length + one.prefix_length for one in adapters)
     room = (positions_of(bank.model) or MANY) - added - NEW - 1
-    return rows[len(rows) // 2].ids[: max(1, room)]
+    ids = rows[len(rows) // 2].ids[: max(1, room)]
+    return Example(ids, (False,) * len(ids), 0)

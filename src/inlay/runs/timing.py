@@ -1,4 +1,4 @@
-"""How long a step's gradients take, and the tokens of an answer, without a change to what is trained."""
+"""How long a step's gradients take, without a change to what is trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from inlay.runtime.tasks import Task
 from inlay.training.gradients import Step, step_gradients
 from inlay.training.learner import Learner
 
-__all__ = ["Clock", "answer_seconds", "base_seconds", "gradient_seconds", "wait"]
+__all__ = ["Clock", "base_seconds", "gradient_seconds", "wait"]
 
 Clock = Callable[[], float]
 
@@ -80,24 +80,6 @@ def _tables(model: Any) -> list[Any]:
     """The modules that look tokens up: encoder and decoder may each have one over the same weight."""
     table = model.get_input_embeddings()
     return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table.weight] or [table]
-
-
-def answer_seconds(
-    bank: Bank, name: str | None, ids: Sequence[int], rows: int, new: int, clock: Clock = time.perf_counter
-) -> float:
-    """Seconds in which the adapter `name` (the base where it is None) writes `new` tokens behind `ids`, for so many
-    `rows` at once."""
-    model: Any = bank.model
-    given = torch.tensor([list(ids)] * rows, device=model.device)
-    wait(model.device)
-    begun = clock()
-    with torch.no_grad(), bank.route([name] * rows):
-        model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=new, min_new_tokens=new,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
-    wait(model.device)
-    return clock() - begun
 
 
 def wait(device: torch.device) -> None:
