@@ -38,7 +38,7 @@ class Replica:
     def __init__(self, settings: ServeSettings, alone: bool) -> None:
         hush()  # before what is imported here
         from inlay.serve.http.app import make_routes
-        from inlay.serve.http.run import log_to_stderr, open_service
+        from inlay.serve.http.run import freeze, log_to_stderr, open_service
 
         os.dup2(2, 1)  # the front's standard output is its own
         if alone:
@@ -57,6 +57,7 @@ class Replica:
         self.service.engine.start()
         self._stack, self._catching_up = ExitStack(), asyncio.Lock()
         self._stack.enter_context(self.service.watched())
+        freeze()
 
     def check_health(self) -> None:
         """Ray starts another replica where this raises; but none would ever be ready where the first look fails."""
