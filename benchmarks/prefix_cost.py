@@ -4,7 +4,7 @@
 is the base with nothing trained: its answers, and its forward and backward down to the embeddings. All cases of one
 length take turns in one process, so that each is paired with none; memory is a process of its own a cell; scores are
 of 480 film reviews, trained in one mixed stream at the methods' usual rates. Cells are appended to a file as they are
-done, so that a call goes on where the last one stopped; times come first, a quarter of an hour of two quiet cores.
+done, so that a call goes on where the last one stopped; steps and answers come first, a quarter of an hour of quiet.
 
     python benchmarks/prefix_cost.py --minutes 15
     python benchmarks/prefix_cost.py --kinds score --minutes 60
@@ -32,7 +32,7 @@ from rich.console import Console
 Cell = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- prefix cost: begin -->", "<!-- prefix cost: end -->"
-KINDS = ("time", "memory", "score")
+KINDS = ("step", "answer", "memory", "score")
 console = Console(stderr=True, highlight=False)
 
 
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15, help="begin no cell after so many")
     parser.add_argument("--cells", type=Path, default=HERE / "prefix_cost.jsonl", help="the file of finished cells")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="which cells: time, memory, score")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="which cells: step, answer, memory, score")
     parser.add_argument("--seeds", type=int, default=1, help="of the scores")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--base", default="smollm2")
@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
 def wanted(a: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """The cells, as `prefix_cost_parts.py` is called for each."""
     for kind in a.kinds:
-        if kind == "time":
+        if kind in ("step", "answer"):
             yield from ((kind, str(length)) for length in LENGTHS)
         elif kind == "memory":
             yield from ((kind, str(length), case) for length in LENGTHS for case in CASES)
@@ -114,7 +114,8 @@ def middle(cell: Cell, case: str, what: str) -> float:
 
 def times(cells: dict[tuple[str, ...], Cell], what: str, unit: str, factor: float) -> list[str]:
     """A table of one time: none in its unit, all others as multiples of it."""
-    found = {length: cells[one] for length in LENGTHS if (one := ("time", str(length))) in cells}
+    kind = "step" if what == "step" else "answer"
+    found = {length: cells[one] for length in LENGTHS if (one := (kind, str(length))) in cells}
     if not found:
         return ["Not measured yet."]
     lines = ["| | " + " | ".join(f"rows of {length:,}" for length in found) + " |", "|---" * (len(found) + 1) + "|"]
@@ -181,7 +182,7 @@ def report(a: argparse.Namespace) -> str:
 def draw(a: argparse.Namespace) -> None:
     """The picture, where all lengths are measured."""
     cells = read_cells(a)
-    found = {length: cells[one] for length in LENGTHS if (one := ("time", str(length))) in cells}
+    found = {length: cells[one] for length in LENGTHS if (one := ("step", str(length))) in cells}
     if found:
         curves = {
             (method, length): [(0.0, 1.0), *((float(n), ratio(cell, f"{method} {n}", "step")) for n in COUNTS)]

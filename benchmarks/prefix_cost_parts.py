@@ -1,6 +1,6 @@
 """One process of prefix_cost.py: a JSON line with what virtual tokens cost in time, in memory, or in score.
 
-python benchmarks/prefix_cost_parts.py time 128
+python benchmarks/prefix_cost_parts.py step 128
 python benchmarks/prefix_cost_parts.py memory 128 "prefix 20"
 python benchmarks/prefix_cost_parts.py score 0
 """
@@ -74,22 +74,34 @@ class Bench:
         return gradient_seconds(self.bank, learner, self.rows, self.budget, GENERATE)
 
 
-def time_cell(a: argparse.Namespace) -> dict[str, Any]:
-    """All cases in turn on the same rows, in rounds: seconds of a step, of a first token and of each further one."""
+def step_cell(a: argparse.Namespace) -> dict[str, Any]:
+    """All cases in turn on the same rows, in rounds: seconds of a step."""
+    length = int(a.what[0])
+    bench = Bench(a, length)
+    learners = {case: bench.learner(case) for case in CASES}
+    found: dict[str, dict[str, list[float]]] = {case: {"step": []} for case in CASES}
+    for _ in range(ROUNDS):
+        for case, learner in learners.items():
+            found[case]["step"].append(bench.step(learner))
+    return {"kind": "step", "length": length, "cases": {case: _counted(own) for case, own in found.items()}}
+
+
+def answer_cell(a: argparse.Namespace) -> dict[str, Any]:
+    """All cases in turn, in rounds: seconds of an answer's first token, with the reading of its row, and of each one
+    behind it."""
     from inlay.runtime.latency import token_times
 
     length = int(a.what[0])
     bench = Bench(a, length)
-    learners = {case: bench.learner(case) for case in CASES}
-    found: dict[str, dict[str, list[float]]] = {case: {"step": [], "first": [], "token": []} for case in CASES}
+    for case in CASES:
+        bench.learner(case)
+    found: dict[str, dict[str, list[float]]] = {case: {"first": [], "token": []} for case in CASES}
     for _ in range(ROUNDS):
-        for case, learner in learners.items():
-            name = None if learner is None else case
-            found[case]["step"].append(bench.step(learner))
-            first, *others = token_times(bench.bank, name, bench.rows[0], NEW + 1)
-            found[case]["first"].append(first)
-            found[case]["token"].append(statistics.median(others))
-    return {"kind": "time", "length": length, "cases": {case: _counted(own) for case, own in found.items()}}
+        for case, own in found.items():
+            first, *others = token_times(bench.bank, None if case == NONE else case, bench.rows[0], NEW + 1)
+            own["first"].append(first)
+            own["token"].append(statistics.median(others))
+    return {"kind": "answer", "length": length, "cases": {case: _counted(own) for case, own in found.items()}}
 
 
 def _counted(own: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -144,7 +156,7 @@ def score_cell(a: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["time", "memory", "score"])
+    parser.add_argument("kind", choices=["step", "answer", "memory", "score"])
     parser.add_argument("what", nargs="+")
     parser.add_argument("--base", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16")
@@ -152,7 +164,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=480)
     parser.add_argument("--test", type=int, default=1000)
     a = parser.parse_args()
-    cell = {"time": time_cell, "memory": memory_cell, "score": score_cell}[a.kind](a)
+    cell = {"step": step_cell, "answer": answer_cell, "memory": memory_cell, "score": score_cell}[a.kind](a)
     print(json.dumps({**cell, "base": a.base, "dtype": a.dtype, "cores": os.cpu_count()}), flush=True)
 
 
