@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import inlay
 from inlay.data.encode import Example
+from inlay.errors import UsageError
 from inlay.runtime import sharing
 from inlay.runtime.generating import Session, generate
 from inlay.runtime.memory import TokenBudget
@@ -191,3 +195,42 @@ def test_values_that_changed_before_it_went_are_not_taken_for_those_that_were_re
     bank.load("a", tmp_path / "new")
     answer = asked(session, "a")
     assert answer[1] == 0 and answer[0] == pytest.approx(fresh(bank, "a"))
+
+
+def test_a_change_that_torch_does_not_count_is_seen_wherever_it_is(bank):
+    session = Session(bank, store=2**24)
+    asked(session, "a")
+    value = [*bank.parameters("a")][1]
+    middle = value.data.view(-1)[value.numel() // 2 :][:1]
+    counted = value._version
+    middle += 3
+    assert value._version == counted
+    changed, cached = asked(session, "a")
+    assert cached == 0
+    assert changed == fresh(bank, "a")
+
+
+def test_nothing_read_with_the_base_before_a_merge_is_used_behind_it(bank):
+    session = Session(bank, store=2**24)
+    before = asked(session, None)[0]
+    session.add(1, Request(None, COMMON, NEW))
+    with pytest.raises(UsageError, match="in flight"):
+        bank.merge("a")
+    session.close()
+    bank.merge("a")
+    behind, cached = asked(session, None)
+    assert cached == 0 and behind != before
+    assert behind == fresh(bank, None)
+
+
+def test_a_removed_adapter_is_let_go_of_at_once(bank):
+    session = Session(bank, store=2**24)
+    asked(session, "a")
+    known = weakref.ref(bank.adapters["a"])
+    gc.disable()
+    try:
+        bank.remove("a")
+        session.decoder.forget()
+        assert known() is None
+    finally:
+        gc.enable()

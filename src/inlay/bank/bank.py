@@ -65,7 +65,7 @@ class Bank(Combines, Goes):
     def __init__(self, model: nn.Module) -> None:
         self.model, self.base = model, find(model)
         self.adapters: dict[str, Adapter] = {}
-        self._merged = False
+        self.merges = 0  # how often the base has changed
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         with not_compiled(model):  # seen before anything stands in the way
             _, backbones = self.base.observed, self.base.backbones
@@ -156,7 +156,7 @@ class Bank(Combines, Goes):
         if format == "loralib":
             write_loralib(Path(path), adapter.parts, enabled)
             return
-        base_name = "" if self._merged else str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
+        base_name = "" if self.merges else str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
         if format == "adapterhub":
             used = {own: self.adapters[own].parts for part in adapter.parts for own in part.method.uses}
             write_adapterhub(Path(path), name, adapter.parts, self.base, base_name, used)
@@ -175,6 +175,7 @@ class Bank(Combines, Goes):
         if user := next((own.name for own in self.adapters.values() if name in own.uses), None):
             raise UsageError(f"adapter {name!r} is used by {user!r}", f"Remove {user!r} first.")
         del self.adapters[name]
+        adapter.shares.clear()  # they hold on to it
         for part in adapter.parts:
             self._sites.forget(part)
 
@@ -270,6 +271,8 @@ class Bank(Combines, Goes):
         """
         adapter = self._named(name)
         self._unchanged.check()
+        if any(self._lookup.routing.in_flight.values()):
+            raise UsageError("rows in flight have read with the base as it is", "Merge when they have ended.")
         merged = merged_parameters(adapter)
         with self.alone():
             check_untied(self.model, merged)
@@ -278,7 +281,7 @@ class Bank(Combines, Goes):
             untie(self.model, merged)
             for module, key, value in merged:
                 getattr(module, key).copy_(value)
-        self._merged = True
+        self.merges += 1
         self.__dict__.pop("fingerprint", None)  # another base from now on
 
     def detach(self) -> None:

@@ -60,13 +60,18 @@ class Goes:
     def take_off(self, row: RowSpec) -> Blend:
         """Say that a row is in flight: its adapters cannot be removed until it has landed."""
         blend = self._checked(row)
-        self._lookup.routing.in_flight.update(name for name, _ in blend)
+        self._lookup.routing.in_flight.update(_counted(blend))
         return blend
 
     def land(self, blend: Blend) -> None:
         """The inverse of `take_off`."""
-        self._lookup.routing.in_flight.subtract(name for name, _ in blend)
+        self._lookup.routing.in_flight.subtract(_counted(blend))
 
     def rows_in_flight(self, name: str) -> int:
         """How many rows that have taken off with an adapter have not landed."""
         return self._lookup.routing.in_flight[name]
+
+
+def _counted(blend: Blend) -> list[str]:
+    """Under which names a row is counted: its adapters', and "" as every row."""
+    return ["", *(name for name, _ in blend)]

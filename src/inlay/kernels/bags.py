@@ -102,7 +102,7 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
 Slots = tuple[tuple[int, ...], ...]
 
 
-@lru_cache(64)
+@lru_cache(16)
 def _down_index(slots: Slots, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows of `downs` for each pair of a vector and a unit; where each pair begins; whose pairs they are."""
     pairs = [(vector, slot) for vector, own in enumerate(slots) for slot in own]
@@ -114,7 +114,7 @@ def _down_index(slots: Slots, width: int, device: torch.device) -> tuple[Tensor,
     return index.flatten(), offsets, None if every else torch.tensor(vectors, device=device)
 
 
-@lru_cache(64)
+@lru_cache(16)
 def _up_index(slots: Slots, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of `ups` for each vector, and where each vector begins; an empty bag gives zeros."""
     flat = torch.tensor([slot for own in slots for slot in own], dtype=torch.int32, device=device)

@@ -37,8 +37,9 @@ class Decoder:
     """Rows over one bank: `add` one at any time, `step` all, `write` what was chosen, `end` one when it is done.
 
     `store` bytes hold the keys and values of all rows; `chunk` tokens of prompts are read in one step, `most` rows
-    write at once. A row that finds no room waits; where those that write need more, the last one that came is sent back
-    to wait, and reads what it had again. Rows of one adapter and one `scope` share what they have read in common.
+    write at once; their adapters must not change meanwhile. A row that finds no room waits; where those that write
+    need more, the last one that came is sent back to wait, and reads what it had again. Rows of one adapter and one
+    `scope` share what they have read in common.
     """
 
     def __init__(self, bank: Bank, store: int = STORE, chunk: int = CHUNK, most: int = 256) -> None:

@@ -18,6 +18,7 @@ from inlay.batch.route import Blend
 
 __all__ = ["Name", "Names", "Root"]
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SAMPLE = 8
 """Values of a parameter that are looked at before all of them are."""
 
@@ -64,9 +65,10 @@ class Content:
 @dataclass(frozen=True)
 class Root:
     """What all blocks of a row depend on beside its tokens: its adapters in their order, those that they use behind
-    them, and their weights. Rows of different `scope` share nothing."""
+    them, their weights, and how often the base has changed. Rows of different `scope` share nothing."""
 
     scope: str
+    merges: int
     weights: tuple[float | None, ...]
     contents: tuple[Content, ...]
 
@@ -81,10 +83,13 @@ class Names:
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
         self._contents: dict[Adapter, Content] = {}
+        self._merges = bank.merges
 
     def renew(self, blend: Blend) -> bool:
-        """See whether adapters of a row have changed since the last one; what was read with them is found no more."""
-        changed = False
+        """See whether the base, or adapters of a row, have changed since the last one; what was read with them is
+        found no more."""
+        changed = self._merges != self.bank.merges
+        self._merges = self.bank.merges
         for name, _ in blend:
             for adapter in self._with_used(self.bank.adapters[name]):
                 known = self._contents.get(adapter)
@@ -101,7 +106,7 @@ class Names:
             own = self._with_used(self.bank.adapters[name])
             weights += [weight, *[None] * (len(own) - 1)]
             contents += [self._content(adapter) for adapter in own]
-        return Root(scope, tuple(weights), tuple(contents))
+        return Root(scope, self._merges, tuple(weights), tuple(contents))
 
     def blocks(self, root: Root, ahead: int, ids: Sequence[int], done: Sequence[Name] = ()) -> Iterator[Name]:
         """The names of the full blocks of a row with `ahead` keys before its tokens `ids`, behind those that are
@@ -133,10 +138,17 @@ class Names:
 
 
 def stamp_of(adapter: Adapter) -> tuple[Any, ...]:
-    """Which tensors an adapter has, how often each was changed in place, as torch counts, and some of its values, for
-    changes that torch does not count. A learner's step changes the flat tensors that the others are views of."""
-    tensors = [*_values(adapter), *(flat.parameter for flat in adapter.laid)]
-    return *((id(p), 0 if p.is_inference() else p._version) for p in tensors), _sample(adapter)
+    """Which tensors an adapter has, and the sum of the bits of each: torch counts no change by a fused optimizer. While
+    it is trained as few flat tensors, those are looked at that the others are views of."""
+    tensors = [flat.parameter for flat in adapter.laid] or _values(adapter)
+    sums = [_bits(p).sum(dtype=torch.int64) for p in tensors if p.numel()]
+    return *map(id, _values(adapter)), *(torch.stack(sums).tolist() if sums else ())
+
+
+def _bits(value: Tensor) -> Tensor:
+    """(n,): the values as whole numbers of the same width."""
+    flat = value.detach().contiguous().flatten()
+    return flat.view(INTEGERS[flat.itemsize]) if flat.is_floating_point() else flat
 
 
 def _values(adapter: Adapter) -> list[Tensor]:
@@ -155,7 +167,7 @@ def _digest(adapter: Adapter) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for part in adapter.parts:
         digest.update(f"{type(part.method).__qualname__} {part.method!r} {[*part.sites]}".encode())
-        for path, own in part.params.items():
+        for path, own in (*part.params.items(), ("constants", part.constants)):
             for name, value in own.items():
                 digest.update(f"{path} {name} {tuple(value.shape)}".encode())
                 flat = value.detach().cpu().contiguous().flatten()

@@ -12,6 +12,7 @@ from typing import Any
 from ray.exceptions import ObjectLostError, RayActorError, RayError, WorkerCrashedError
 from ray.serve.exceptions import RayServeException
 
+from inlay.serve.http.guard import OPEN
 from inlay.serve.http.limits import Limits
 from inlay.serve.http.problems import Json, Problem
 from inlay.serve.http.streams import Gone, unless_gone
@@ -43,14 +44,16 @@ FIELDS = {
 """The field of a body that a request is routed by."""
 SCOPE = ("type", "http_version", "method", "path", "raw_path", "query_string", "headers", "scheme", "client", "server")
 """What of ASGI's scope a replica gets."""
+SECRETS = (b"authorization", b"proxy-authorization", b"cookie")
+FEEDBACK = "/v1/feedback"
 
 
 class Front:
     """An ASGI application over a Ray Serve `handle` of replicas, behind a `Guard`. `base` is the base's name; `close`
     is called when the server has stopped.
 
-    A request whose replica ends goes to another one, unless words of it have been sent, or it deletes something: then
-    the client is told.
+    A request whose replica ends goes to another one, unless words of it have been sent, or it deletes or counts
+    something: then the client is told.
     """
 
     def __init__(self, handle: Any, limits: Limits, base: str, close: Callable[[], None]) -> None:
@@ -76,13 +79,20 @@ class Front:
         self._close()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        asked = Asked({name: scope[name] for name in SCOPE if name in scope}, await _body(receive), scope["inlay.key"])
+        asked = Asked(_plain(scope), b"", scope["inlay.key"])
         own = self._own.get((scope["method"], asked.path))
         if own is not None:
             await (await own(asked))(scope, receive, send)
             return
         if self.draining:
             raise Problem(503, "the server is stopping", "stopping", headers={"Retry-After": "1"})
+        if scope["method"] not in ("GET", "HEAD"):  # nobody's body is kept where no key is asked for
+            if asked.path in OPEN:
+                raise Problem(405, f"{asked.path} is there to be read", "method_not_allowed", headers={"Allow": "GET"})
+            try:
+                asked = replace(asked, body=await _body(receive))
+            except Gone:
+                return
         asked = replace(asked, adapter=_adapter(asked, self.base))
         relay = Relay(send, self.limits.slow)
         try:
@@ -109,8 +119,8 @@ class Front:
                     if not relay.ended:
                         await relay.cut()
                     return
-                if not isinstance(error, Unfit) and asked.scope["method"] == "DELETE":
-                    said = "the replica has ended, and nobody knows whether it deleted that. Look, and ask again."
+                if not isinstance(error, Unfit) and (asked.scope["method"] == "DELETE" or asked.path == FEEDBACK):
+                    said = "the replica has ended, and nobody knows whether it has done that. Look, and ask again."
                     raise Problem(503, said, "replica_lost") from None
                 if relay.replica:
                     asked = replace(asked, avoid=(*asked.avoid, relay.replica))
@@ -227,13 +237,19 @@ class Front:
         return Json({"object": "list", "data": sorted(found, key=lambda one: one["replica"])})
 
 
+def _plain(scope: Any) -> dict[str, Any]:
+    """What a replica gets of ASGI's scope; it knows who asks by their key's name, and needs no secrets."""
+    headers = [(name, value) for name, value in scope.get("headers", ()) if name.lower() not in SECRETS]
+    return {**{name: scope[name] for name in SCOPE if name in scope}, "headers": headers}
+
+
 async def _body(receive: Any) -> bytes:
-    """The request's whole body; the guard bounds it. Raises: Problem."""
+    """The request's whole body; the guard bounds it. Raises: Problem; Gone where the client goes before its end."""
     parts = []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b"".join(parts)
+            raise Gone
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(parts)

@@ -150,8 +150,9 @@ class Replica:
             with messages.held(changes):
                 await self.app(scope, messages.receive, messages.send)
                 if changes and messages.status == 200:
-                    self.version = max(self.version, asked.version + 1)
                     path = self._path_of(asked) if asked.path == LOAD else before
+                    if path is not None:
+                        self.version = max(self.version, asked.version + 1)
                     messages.put({"type": CHANGED, "path": path, "served": asked.path == LOAD})
         except Exception as error:
             if messages.status is None:

@@ -14,7 +14,7 @@ from .limits import Limits
 from .page import PATHS as PAGE
 from .problems import Problem, problem_of, too_many
 
-__all__ = ["LOCAL", "Guard", "key_of", "user_of"]
+__all__ = ["LOCAL", "OPEN", "Guard", "key_of", "user_of"]
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 """This machine's own names for itself."""
