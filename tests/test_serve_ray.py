@@ -169,7 +169,7 @@ def test_a_request_goes_to_another_replica_where_that_is_safe():
     assert {one.adapter for one in made.handle.asked} == {"x"}
     with pytest.raises(Problem, match="3 replicas failed"):
         asked_of(front(*[[*begins("a"), lost]] * 3))
-    with pytest.raises(Problem, match="nobody knows whether it deleted that"):
+    with pytest.raises(Problem, match="nobody knows whether it has done that"):
         asked_of(front([*begins("a"), lost]), "DELETE", path="/v1/experiments/x")
     piece = {"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True}
     sent = asked_of(front([*begins("a", b"text/event-stream"), piece, lost]))
