@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from importlib import import_module
-from types import SimpleNamespace
 
 import loralib
 import peft
@@ -29,7 +26,6 @@ from test_crash import content, dying_at, forked, reviews, settings  # noqa: F40
 from test_training import examples, same
 from zoo import make, small
 
-sys.modules.setdefault("attr", SimpleNamespace(dataclass=dataclasses.dataclass))  # all that these two take of it
 preprocess_corda = import_module("peft.tuners.lora.corda").preprocess_corda
 preprocess_loraga = import_module("peft.tuners.lora.loraga").preprocess_loraga
 
