@@ -148,6 +148,5 @@ def _own_fault(model: Any, ids: Tensor, expected: Sequence[int], uncached: Seque
     whole = torch.cat([ids, torch.tensor([expected])], 1).to(model.device)
     with torch.no_grad():
         best = model(input_ids=whole).logits[0, ids.shape[1] - 1 : -1].argmax(-1)
-    return (
-        None if best.tolist() == list(expected) else BaseFails("`generate` writes other tokens than its forward says")
-    )
+    same = best.tolist() == list(expected)
+    return None if same else BaseFails("`generate` writes other tokens than its forward says")

@@ -57,15 +57,8 @@ def preload() -> None:
 
     from . import laws, media  # noqa: F401
 
-    for package in (
-        "bank",
-        "batch",
-        "formats",
-        "kernels",
-        "methods",
-        "runtime",
-        "sites",
-    ):  # the same code to the end of the run
+    # So that the code is the same to the end of the run.
+    for package in ("bank", "batch", "formats", "kernels", "methods", "runtime", "sites"):
         for module in pkgutil.iter_modules([f"{inlay.__path__[0]}/{package}"]):
             importlib.import_module(f"inlay.{package}.{module.name}")
     torch.set_num_threads(1)

@@ -30,6 +30,9 @@ from serving import make_adapters, serving
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'inlay[ray]'")
 MODELS = ["plain", "reviews", "chats", "asks", "tiny"]
 LONG = 100
+NEW = {
+    "model": "new", "prompt": "a good film", "max_tokens": LONG, "temperature": 0, "extra_body": {"ignore_eos": True},
+}  # fmt: skip
 
 
 # ---- the parts
@@ -316,15 +319,8 @@ def test_loading_reaches_every_replica(base_folder, cluster, tmp_path):
     for url in (cluster.url, cluster.alone.url):
         load = {"lora_name": "new", "lora_path": "later"}
         assert httpx.post(f"{url}/v1/load_lora_adapter", json=load, timeout=60).status_code == 200
-    ask = {
-        "model": "new",
-        "prompt": "a good film",
-        "max_tokens": LONG,
-        "temperature": 0,
-        "extra_body": {"ignore_eos": True},
-    }
-    found = together(cluster, [ask] * 24)
-    assert {text for text, _ in found} == {cluster.right(**ask)}
+    found = together(cluster, [NEW] * 24)
+    assert {text for text, _ in found} == {cluster.right(**NEW)}
     assert len({replica for _, replica in found}) == 2  # one adapter that many ask for spills over
     out = {"lora_name": "reviews"}
     assert httpx.post(f"{cluster.url}/v1/unload_lora_adapter", json=out, timeout=60).status_code == 200
@@ -401,15 +397,8 @@ def test_a_new_replica_knows_what_was_changed_before(cluster):
     while httpx.get(f"{cluster.url}/readyz", timeout=30).json().get("replicas", 0) < 2 and time.monotonic() < until:
         time.sleep(0.5)
     assert len(cluster.replicas()) == 2
-    ask = {
-        "model": "new",
-        "prompt": "a good film",
-        "max_tokens": LONG,
-        "temperature": 0,
-        "extra_body": {"ignore_eos": True},
-    }
-    answers = together(cluster, [ask] * 24)
-    assert {text for text, _ in answers} == {cluster.right(**ask)}
+    answers = together(cluster, [NEW] * 24)
+    assert {text for text, _ in answers} == {cluster.right(**NEW)}
     assert len({at for _, at in answers}) == 2
     assert "reviews" not in httpx.get(f"{cluster.url}/v1/adapters").text
 

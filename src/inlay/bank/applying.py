@@ -27,7 +27,7 @@ from .inside import Second, laid_out
 from .lookup import Lookup
 from .plan import SitePlan, plan_at
 from .prefix_gates import gating_hook
-from .ready import note_ready
+from .ready import hooks_around, note_ready
 from .resting import resting_at, rests
 from .sharing import forms_at, shared_low
 from .steps import InputStep, Step, fresh, input_step, step_of
@@ -174,8 +174,7 @@ class SiteHooks:
         if forward is not None and forward.goes_on and (step := self._step(site, forward, y)) is not None:
             x = first_tensor(args, kwargs)
             if x is not None and out is y and len(args) == 1 and not kwargs:
-                change = forward.cache.get(("input step", site.path, x.shape, x.dtype))
-                note_ready(forward, module, x, change, step)
+                note_ready(forward, module, x, forward.cache.get(_input_spot(site, x)), step)
             return None if step.idle else _instead(out, step(forward, x, y, fresh(module, y)))
         found = self._scope(site, y)
         if found is None:
@@ -211,7 +210,7 @@ class SiteHooks:
         return forward.cache[spot]
 
     def _input_step(self, site: Site, forward: Forward, x: Tensor) -> InputStep | None:
-        spot = "input step", site.path, x.shape, x.dtype
+        spot = _input_spot(site, x)
         if spot not in forward.cache:
             found = self._scope(site, x)
             forward.cache[spot] = input_step(*found, x) if found is not None and found[0].scaled else None
@@ -227,7 +226,8 @@ class SiteHooks:
             return False
         if torch.is_autocast_enabled(x.device.type) or type(module) is not nn.Linear:
             return False
-        return bool(plan.forms) and not module.weight.requires_grad and not scope.site.quantized and _untouched(module)
+        alone = hooks_around(module) == 1
+        return bool(plan.forms) and not module.weight.requires_grad and not scope.site.quantized and alone
 
     def _together(
         self, plan: SitePlan, scope: Scope, module: nn.Module, x: Tensor, y: Tensor, rides_along: bool
@@ -286,8 +286,6 @@ def _instead(out: Any, made: Tensor) -> Any:
     return (made, *out[1:]) if isinstance(out, tuple) else made
 
 
-def _untouched(module: nn.Module) -> bool:
-    """Whether nobody else looks at what goes in, comes out, or flows back."""
-    return len(module._forward_hooks) == len(module._forward_pre_hooks) == 1 and not (
-        module._backward_hooks or module._backward_pre_hooks
-    )
+def _input_spot(site: Site, x: Tensor) -> tuple[object, ...]:
+    """Where a forward's cache keeps what makes of x what the site reads."""
+    return "input step", site.path, x.shape, x.dtype

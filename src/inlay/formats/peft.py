@@ -28,7 +28,7 @@ from .support import unread_type
 from .tensors import check_numbers, read_tensors
 from .weights import check_shape, taken_weights
 
-__all__ = ["CONFIG", "CONSTANTS", "Stored", "read_config", "read_peft", "write_peft"]
+__all__ = ["CONFIG", "CONSTANTS", "FILES", "Stored", "read_config", "read_peft", "write_peft"]
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")

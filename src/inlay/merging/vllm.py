@@ -26,14 +26,12 @@ from inlay.bank.merging import merged_parameters
 from inlay.bases.hub import is_hub_id
 from inlay.bases.load import Base
 from inlay.errors import FormatError, UsageError
-from inlay.formats.peft import CONFIG
+from inlay.formats.peft import CONFIG, FILES
 from inlay.formats.vllm_rules import RANKS, RELEASE, model_refused, rank_for, refusals
 
 from .as_lora import Lowered, as_lora
 
 __all__ = ["as_vllm", "checked", "evened"]
-
-TENSORS = "adapter_model.safetensors"
 
 
 def as_vllm(adapter: Adapter, base: Base, rank: int | None = None) -> Lowered:
@@ -86,7 +84,7 @@ def checked(folder: Path, adapter: Adapter, base: Base, out: Path) -> dict[str, 
     Raises: UsageError naming what vLLM would refuse.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
-    with safe_open(folder / TENSORS, framework="pt") as file:
+    with safe_open(folder / FILES[0], framework="pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     found = refusals(config, shapes, type(base.model).__name__, _vocabulary(base.model))
     if found:

@@ -38,7 +38,7 @@ def measured_training(
     where the time did not reach it; and `memory_mb`, by part and in all (`LearnerMemory`)."""
     seconds = max(own.seconds for own in progress)
     timed = _token_seconds(context, _in_turn(progress, shares), max(LEAST, SHARE * seconds), clock)
-    methods = {own.name: type(own.learner.plan.method).__name__ for own in progress}
+    methods = {own.name: _method(own) for own in progress}
     parts = shared_seconds(seconds, {own.name: own.learner.tokens for own in progress}, timed, methods)
     found = {
         own.name: {
@@ -68,13 +68,17 @@ def shared_seconds(
     return {name: seconds * count * weights[name] / whole if whole else 0.0 for name, count in tokens.items()}
 
 
+def _method(own: Progress) -> str:
+    return type(own.learner.plan.method).__name__
+
+
 def _in_turn(progress: Sequence[Progress], shares: Shares) -> list[Progress]:
     """The best of each method first, so that each has a time."""
     ranked, seen = sorted(progress, key=lambda own: rank(own, shares)), set[str]()
     first = []
     for own in ranked:
-        if (kind := type(own.learner.plan.method).__name__) not in seen:
-            seen.add(kind)
+        if _method(own) not in seen:
+            seen.add(_method(own))
             first.append(own)
     return [*first, *(own for own in ranked if own not in first)]
 
