@@ -165,7 +165,8 @@ def measured(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 
 def memory(bank: Any) -> dict[str, float]:
-    """Bytes of a LoRA's file, and of what a bank holds for it while rows go on."""
+    """Bytes of a LoRA's file, and of what a bank that only answers holds for it while rows go on."""
+    from inlay.bank.narrowing import narrow
     from inlay.runtime.decode import Decoder
 
     with tempfile.TemporaryDirectory() as folder:
@@ -173,6 +174,7 @@ def memory(bank: Any) -> dict[str, float]:
         file = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     decoder = Decoder(bank, 2**30)
     for number in range(ROWS):
+        narrow(bank.adapters[f"lora {number}"])
         decoder.add(f"lora {number}", [5, 6, 7], 4)
     for _ in range(2):
         rows, logits = decoder.step()

@@ -314,4 +314,4 @@ def test_an_adapter_with_a_head_writes_no_text(folder, tokens):
     with serving(folder) as engine:
         error = answer(engine, "two")
         assert isinstance(error, UsageError) and "writes no text" in str(error)
-        assert engine.adapters.resolve("two") and answer(engine, "one") == [tokens[0]] * 6
+        assert engine.adapters.opened("two") and answer(engine, "one") == [tokens[0]] * 6

@@ -1,5 +1,4 @@
-"""What `inlay train` makes of labelled rows, served: labels as words are told apart, and a head that the base lacks is
-named where its adapter does not load."""
+"""What `inlay train` makes of labelled rows, served: labels as words, and heads that the base lacks."""
 
 from __future__ import annotations
 
@@ -11,7 +10,13 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+import inlay
+from inlay.bases.beside import with_head
+from inlay.bases.heads import Head
+from inlay.bases.load import load_base
 from inlay.cli.app import app
+from inlay.errors import UsageError
+from inlay.serve.adapters import AdapterStore
 from serving import serving
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -19,8 +24,9 @@ TEXTS = ["a good film", "a bad film"]
 RUNS = {
     "words": [], "verbalizer": ["--verbalizer", "1=positive,0=negative"], "head": ["--task", "classify"],
     "headonly": ["--task", "classify", "--method", "head"], "number": ["--task", "regress"],
+    "tags": ["--task", "tag"],
 }  # fmt: skip
-HEADS = {"head": "classify", "headonly": "classify", "number": "regress"}
+HEADS = {"head": "classify", "headonly": "classify", "number": "regress", "tags": "tag"}
 
 
 def command(*arguments):
@@ -36,8 +42,19 @@ def runs(base_folder, tmp_path_factory):
     with (folder / "rows.csv").open("w", newline="") as file:
         rows = [(f"a {'good' if n % 2 else 'bad'} film {n}", n % 2) for n in range(20)]
         csv.writer(file).writerows([("text", "label"), *rows])
+    tagged = [{"tokens": ["a", "good", "film"], "tags": ["O", "B", "O"]} for _ in range(20)]
+    (folder / "tags.jsonl").write_text("".join(json.dumps(row | {"id": n}) + "\n" for n, row in enumerate(tagged)))
     for name, more in RUNS.items():
-        given = ["--data", folder / "rows.csv", "--base", base_folder, "--dtype", "float32", "--steps", 2]
+        given = [
+            "--data",
+            folder / ("tags.jsonl" if name == "tags" else "rows.csv"),
+            "--base",
+            base_folder,
+            "--dtype",
+            "float32",
+            "--steps",
+            2,
+        ]
         command("train", *given, "--out", folder / "runs" / name, *more)
     foreign = folder / "runs" / "foreign"
     shutil.copytree(folder / "runs" / "head" / "adapter", foreign)
@@ -55,36 +72,74 @@ def asked(running, name, path="classify", **body):
     return httpx.post(f"{running.url}/v1/{path}", json={"model": name, **body}, timeout=30)
 
 
-@pytest.mark.parametrize("name", ["words", "verbalizer"])
-def test_labels_that_are_words_have_the_probabilities_of_predict(running, runs, base_folder, tmp_path, name):
-    found = asked(running, name, input=TEXTS)
-    assert found.status_code == 200, found.text
+def predicted(runs, name, base_folder, tmp_path):
+    """What `inlay predict` says of the texts."""
     (tmp_path / "new.csv").write_text("text\n" + "\n".join(TEXTS) + "\n")
     given = ["--data", tmp_path / "new.csv", "--base", base_folder, "--dtype", "float32"]
     command("predict", "--adapter", runs / name, *given, "--out", tmp_path / "said.jsonl")
-    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
-    for one, row in zip(found.json()["data"], said, strict=True):
+    return [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["words", "verbalizer", "head", "headonly"])
+def test_labels_have_the_probabilities_of_predict(running, runs, base_folder, tmp_path, name):
+    found = asked(running, name, input=TEXTS)
+    assert found.status_code == 200, found.text
+    for one, row in zip(found.json()["data"], predicted(runs, name, base_folder, tmp_path), strict=True):
         own = one["probabilities"]
         assert set(own) == {"0", "1"} and sum(own.values()) == pytest.approx(1)
         assert one["label"] == max(own, key=lambda label: own[label]) == row["prediction"]
         assert list(own.values()) == pytest.approx([row[f"probability of {label}"] for label in own], abs=1e-4)
 
 
+def test_a_head_that_gives_numbers_gives_those_of_predict(running, runs, base_folder, tmp_path):
+    found = asked(running, "number", input=TEXTS).json()["data"]
+    said = predicted(runs, "number", base_folder, tmp_path)
+    assert [one["value"] for one in found] == pytest.approx([float(row["prediction"]) for row in said], abs=1e-4)
+
+
+def test_a_head_that_tags_gives_a_tag_for_each_word(running):
+    found = asked(running, "tags", input=TEXTS).json()["data"]
+    assert [len(one["tags"]) for one in found] == [3, 3] and {tag for one in found for tag in one["tags"]} <= {"O", "B"}
+
+
 @pytest.mark.parametrize("name", list(HEADS))
-def test_a_head_that_the_base_lacks_is_named(running, name):
-    for _ in range(2):  # what did not load is refused by the same words again
-        made = asked(running, name, input=TEXTS)
-        said = made.json()["error"]["message"]
-        assert made.status_code == 400
-        assert f"'{name}' was trained to {HEADS[name]} with a head" in said
-        assert "LlamaForCausalLM, has none. Ask it with `inlay predict`" in said
-        assert ("words for its labels" in said) is (HEADS[name] == "classify")
-    for path, body in (("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
-                       ("completions", {"prompt": "a"})):  # fmt: skip
+def test_an_adapter_with_a_head_writes_no_text(running, name):
+    chat, text = {"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a"}
+    for path, body in (("chat/completions", chat), ("completions", text), ("completions", {**text, "echo": True})):
         made = asked(running, name, path, **body)
         assert made.status_code == 400 and "writes no text" in made.json()["error"]["message"]
-    known = {one["name"]: one for one in httpx.get(f"{running.url}/v1/adapters", timeout=30).json()["data"]}
-    assert "has none" in known[name]["error"] and known[name]["loaded"] is False
+    assert asked(running, "words", "completions", prompt="a", max_tokens=2).status_code == 200
+
+
+def test_a_base_with_a_head_holds_no_weights_twice(runs, base_folder):
+    base = load_base(str(base_folder), "float32")
+    classify, tag = Head("classify", ("a", "b", "c")), Head("tag", ("a", "b"))
+    for head, fresh in ((classify, ["score.weight"]), (tag, ["score.weight", "score.bias"])):
+        made = with_head(base.model, base.tokenizer, head)
+        own = {p.data_ptr() for p in base.model.parameters()}
+        assert [name for name, p in made.named_parameters() if p.data_ptr() not in own] == fresh
+        assert made.score.weight.shape[0] == len(head.labels) and made.config.num_labels == len(head.labels)
+    assert not hasattr(base.model, "score") and base.model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+def test_a_head_that_the_base_cannot_take_is_named(runs, base_folder, name):
+    base = load_base(str(base_folder), "float32")
+    store = AdapterStore(inlay.attach(base.model), [runs])
+    for _ in range(2):  # what did not load is refused by the same words again
+        with pytest.raises(UsageError, match=f"'{name}' was trained to {HEADS[name]} with a head") as refused:
+            store.opened(name)
+        assert "LlamaForCausalLM, has none. Ask it with `inlay predict`" in str(refused.value)
+        assert ("words for its labels" in str(refused.value)) is (HEADS[name] == "classify")
+    info = store.info(name)
+    assert "has none" in info.error and not info.loaded
+
+
+def test_quantized_bases_take_no_head(base_folder):
+    base = load_base(str(base_folder), "float32")
+    base.model.hf_quantizer = object()
+    with pytest.raises(UsageError, match="is quantized"):
+        with_head(base.model, base.tokenizer, Head("classify", ("a", "b")))
 
 
 def test_a_head_of_another_librarys_adapter_is_named_too(running):

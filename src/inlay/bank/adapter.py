@@ -125,14 +125,14 @@ class Part:
 class Adapter:
     """An adapter `name` of `parts`. `seed` sets its start and its dropout. Where it is trained as few flat tensors,
     `laid` holds them all, and `flats` too in training's forwards. `grouped` is whether an optimizer was given its
-    parameters by their rates; `chosen` whether rows of data have changed its methods' settings; `shares` what it does
-    at each site, by `inlay.bank.plan`."""
+    parameters by their rates; `chosen` whether rows of data have changed its methods' settings; `fixed` whether its
+    values stay as they are; `shares` what it does at each site, by `inlay.bank.plan`."""
 
     def __init__(self, name: str, parts: Sequence[Part], seed: int) -> None:
         self.name, self.parts, self.seed = name, list(parts), seed
         self.laid: Sequence[Flat] = ()
         self.flats: Sequence[Flat] = ()
-        self.grouped, self.chosen, self.shares = False, False, dict[str, Any]()
+        self.grouped, self.chosen, self.fixed, self.shares = False, False, False, dict[str, Any]()
 
     @classmethod
     def fresh(

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .heads import HEADED
+
 __all__ = ["fingerprint", "same_base"]
 
-HEADS = ("ForSequenceClassification", "ForTokenClassification")
-"""Models whose heads, and poolers, are not counted: adapters have their own."""
 UNKNOWN = "0" * 8
 EXACT = (torch.float64, torch.float32, torch.bfloat16)
 """Dtypes that round to the same bfloat16 as the weights they were loaded from."""
@@ -49,7 +49,7 @@ def same_base(one: str, other: str) -> bool:
 def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Name, shape and tensor of every weight. Layers say their shape themselves, because quantized weights are packed
     into others; a layer's bias has none (), because quantized layers keep it elsewhere."""
-    body = f"{getattr(model, 'base_model_prefix', '')}." if type(model).__name__.endswith(HEADS) else ""
+    body = f"{getattr(model, 'base_model_prefix', '')}." if type(model).__name__.endswith(HEADED) else ""
     for path, module in model.named_modules():
         if body and (not path.startswith(body) or "pooler" in path.split(".")):
             continue

@@ -15,7 +15,7 @@ import torch
 
 from inlay.errors import UsageError
 
-__all__ = ["WHOLE", "Head", "drawn_alike", "fresh_modules", "head_class", "writes_text"]
+__all__ = ["HEADED", "WHOLE", "Head", "drawn_alike", "fresh_modules", "head_class", "set_padding", "writes_text"]
 
 CLASSES = {
     "classify": "AutoModelForSequenceClassification",
@@ -23,6 +23,8 @@ CLASSES = {
     "tag": "AutoModelForTokenClassification",
 }
 """transformers' class for each task."""
+HEADED = ("ForSequenceClassification", "ForTokenClassification")
+"""How the names of classes end that have a head."""
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 WHOLE = ("lm_head", "score", "classifier", "pre_classifier", "pooler.dense", "classifier.dense", "classifier.out_proj")
 """Heads, which are trained and so are never quantized."""
@@ -45,7 +47,7 @@ class Head:
         return {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}}
 
 
-def head_class(config: dict[str, Any], folder: Path, head: Head) -> Any:
+def head_class(config: dict[str, Any], folder: Path | str, head: Head) -> Any:
     """transformers' class that opens the base with `head`. Raises: UsageError where it has none."""
     import transformers
     from transformers.models.auto import modeling_auto
@@ -55,6 +57,13 @@ def head_class(config: dict[str, Any], folder: Path, head: Head) -> Any:
     if kind not in known or config.get("is_encoder_decoder"):
         raise UsageError(f"{folder} ({kind}) takes no head for the task {head.task}", "Use --task generate, or BERT.")
     return getattr(transformers, CLASSES[head.task])
+
+
+def set_padding(model: Any, tokenizer: Any) -> None:
+    """Let a config that names no padding token name one: heads look for a row's last token by it."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
 
 
 def writes_text(config: dict[str, Any]) -> bool:

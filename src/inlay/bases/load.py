@@ -18,7 +18,7 @@ from .dtypes import pick_device, pick_dtype
 from .fingerprint import fingerprint
 from .folders import check_quantization, checked_config, has_tokenizer, model_class, weights_stored
 from .gguf import CONVERSION, convert
-from .heads import WHOLE, Head, drawn_alike, fresh_modules, head_class
+from .heads import WHOLE, Head, drawn_alike, fresh_modules, head_class, set_padding
 from .hub import fetched, is_hub_id
 from .key_check import check_finite, check_keys
 from .quantize import keep_layout, quantization
@@ -76,8 +76,8 @@ def load_base(
         unused = check_keys(model, report, str(folder))
         check_finite(model, str(name))
         tokenizer = _tokenizer(folder)
-    if head is not None and model.config.get_text_config().pad_token_id is None:  # heads look for a row's last token
-        model.config.get_text_config().pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
+    if head is not None:
+        set_padding(model, tokenizer)
     if getattr(model, "hf_quantizer", None) is None:  # quantized layers stay where their library put them
         model = model.to(place)
     model.config._name_or_path = str(name)  # goes into adapters, where a path in the cache would mean nothing

@@ -139,7 +139,10 @@ class Names:
 
 def stamp_of(adapter: Adapter) -> tuple[Any, ...]:
     """Which tensors an adapter has, and the sum of the bits of each: torch counts no change by a fused optimizer. While
-    it is trained as few flat tensors, those are looked at that the others are views of."""
+    it is trained as few flat tensors, those are looked at that the others are views of. Nothing is looked at where its
+    values are fixed."""
+    if adapter.fixed:
+        return ()
     tensors = [flat.parameter for flat in adapter.laid] or _values(adapter)
     sums = [_bits(p).sum(dtype=torch.int64) for p in tensors if p.numel()]
     return *map(id, _values(adapter)), *(torch.stack(sums).tolist() if sums else ())

@@ -15,9 +15,9 @@ from inlay.errors import InlayError, UsageError
 
 from .entries import AdapterInfo, Anything, Claim, Entry, head_task, info_of, plain_names
 from .folders import Folders, Signature, signature_of
-from .heads import head_missing
+from .heads import Homes, Opens, head_missing
 from .refusals import Forbidden, NotSettled, UnknownAdapter
-from .versions import Versions
+from .versions import Loaded
 
 __all__ = ["AdapterInfo", "AdapterStore", "Claim", "Forbidden", "NotSettled", "UnknownAdapter", "plain_names"]
 
@@ -38,10 +38,11 @@ class AdapterStore:
     """
 
     def __init__(
-        self, bank: Bank, folders: Sequence[Path], *, memory: int | None = None, settle: float = 0.5
+        self, bank: Bank, folders: Sequence[Path], *, memory: int | None = None, settle: float = 0.5,
+        opens: Opens | None = None,
     ) -> None:  # fmt: skip
         self.folders, self.settle = Folders(folders), settle
-        self._versions = Versions(bank, self.folders, memory)
+        self._homes = Homes(bank, self.folders, memory, opens)
         self._entries: dict[str, Entry] = {}
         self._retired: list[Entry] = []
         self._hidden: dict[str, Path] = {}  # unloaded by hand: their folders are there still
@@ -56,7 +57,7 @@ class AdapterStore:
     ) -> None:  # fmt: skip
         """`hand_over` runs a function in the thread that owns the bank and returns what it returns; `check` raises
         where an adapter cannot answer; `on_drop` is called when adapters have left the bank."""
-        self._hand_over, self._versions.verify, self._versions.on_drop = hand_over, check, on_drop
+        self._hand_over, self._homes.writing.verify, self._homes.writing.on_drop = hand_over, check, on_drop
 
     # ---- names
 
@@ -71,8 +72,14 @@ class AdapterStore:
         return info_of(self._entry(name))
 
     def resolve(self, name: str) -> str:
-        """The adapter's name in the bank, where it is loaded if it was not. It stays there until what runs in the
-        owner's thread has returned. Raises: UnknownAdapter; InlayError where it does not load."""
+        """The name, in the bank that writes text, of an adapter that does. As `opened`."""
+        entry = self._entry(name)
+        _check_writes(entry)
+        return self.opened(name).name
+
+    def opened(self, name: str) -> Loaded:
+        """The adapter in its bank, where it is loaded if it was not. It stays there until what runs in the owner's
+        thread has returned. Raises: UnknownAdapter; InlayError where it does not load."""
         return self._hand_over(lambda: self._ready(self._entry(name)))
 
     def load(self, name: str, path: str | Path) -> None:
@@ -174,11 +181,8 @@ class AdapterStore:
         """The claimed adapters' names in the bank, in the owner's thread. Raises: NotSettled where their files may not
         be whole yet; InlayError where they do not load, or write no text."""
         for entry in claim.entries.values():
-            if task := head_task(entry):
-                raise UsageError(
-                    f"adapter {entry.name!r} was trained to {task} with a head, and writes no text", "Use /v1/classify."
-                )
-        return {name: self._ready(entry, self.settle) for name, entry in claim.entries.items()}
+            _check_writes(entry)
+        return {name: self._ready(entry, self.settle).name for name, entry in claim.entries.items()}
 
     def release(self, claim: Claim) -> None:
         """Nobody waits for the adapters of a claim any more: they are in flight, or the ask has ended."""
@@ -196,26 +200,26 @@ class AdapterStore:
             for entry in over:
                 self._drop(entry)
             resting = [entry for entry in self._entries.values() if entry.loaded is not None]
-        self._versions.sweep()
-        if not self._versions.too_large:
+        self._homes.sweep()
+        if not self._homes.too_large:
             return
         for entry in sorted(resting, key=lambda entry: entry.used or entry.since):
-            if entry.loaded is not None and self._versions.rests(entry.loaded):
+            if entry.loaded is not None and self._homes.holding(entry.loaded).rests(entry.loaded):
                 self._drop(entry)
-                self._versions.sweep()
-            if not self._versions.too_large:
+                self._homes.sweep()
+            if not self._homes.too_large:
                 return
 
     # ---- in the owner's thread
 
-    def _ready(self, entry: Entry, settle: float = 0.0) -> str:
+    def _ready(self, entry: Entry, settle: float = 0.0) -> Loaded:
         if entry.loaded is None:
             if entry.refused and entry.refused == signature_of(entry.path):
                 raise entry.why or InlayError(f"adapter {entry.name!r} does not load")
             self._load(entry, settle)
         assert entry.loaded is not None
         entry.used = time.time()
-        return entry.loaded.name
+        return entry.loaded
 
     def _tried(self, entry: Entry) -> None:
         """Load an adapter whose files should be whole, even where they have just changed."""
@@ -228,14 +232,16 @@ class AdapterStore:
                     raise
 
     def _load(self, entry: Entry, settle: float = 0.0) -> None:
-        signature = signature_of(entry.path)
+        signature, home = signature_of(entry.path), None
         try:
-            writes = head_task(entry) is None
-            loaded, content = self._versions.load(entry.name, entry.path, settle, writes)
+            home = self._homes.of(entry)
+            writes = home is self._homes.writing and head_task(entry) is None
+            loaded, content = home.load(entry.name, entry.path, settle, writes)
         except NotSettled:
             raise
         except Exception as error:
-            known = head_missing(entry, self._versions.bank.model)
+            here = home in (None, self._homes.writing)
+            known = head_missing(entry, self._homes.writing.bank.model) if here else None
             known = known or (error if isinstance(error, InlayError) else _unforeseen(entry.name, error))
             entry.why = plain_names(known)
             entry.error, entry.refused = str(entry.why), signature
@@ -249,7 +255,7 @@ class AdapterStore:
 
     def _drop(self, entry: Entry) -> None:
         if entry.loaded is not None:
-            self._versions.leave(entry.loaded)
+            self._homes.holding(entry.loaded).leave(entry.loaded)
             entry.loaded = None
 
     def _retire(self, name: str) -> None:
@@ -260,6 +266,13 @@ class AdapterStore:
             if name not in self._entries:
                 raise UnknownAdapter(name)
             return self._entries[name]
+
+
+def _check_writes(entry: Entry) -> None:
+    if task := head_task(entry):
+        raise UsageError(
+            f"adapter {entry.name!r} was trained to {task} with a head, and writes no text", "Use /v1/classify."
+        )
 
 
 def _unforeseen(name: str, error: Exception) -> InlayError:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from inlay.bases.heads import Head
 from inlay.batch.route import RowSpec
 from inlay.errors import InlayError
 from inlay.formats.notes import Notes, read_notes
@@ -19,6 +20,7 @@ __all__ = [
     "Anything",
     "Claim",
     "Entry",
+    "head_of",
     "head_task",
     "info_of",
     "plain_names",
@@ -97,6 +99,12 @@ def head_task(entry: Entry) -> str | None:
     """What the head of an adapter was trained to do; None where it writes text."""
     task = (_said(entry)[1].template or {}).get("task", "generate")
     return None if task == "generate" else str(task)
+
+
+def head_of(entry: Entry) -> Head | None:
+    """The head that an adapter was trained with, where its notes tell; None where it writes text."""
+    task = head_task(entry)
+    return None if task is None else Head(task, tuple((_said(entry)[1].template or {}).get("verbalizer") or ()))
 
 
 def _said(entry: Entry) -> tuple[tuple[str, int | None], Notes]:

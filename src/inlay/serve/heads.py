@@ -1,21 +1,65 @@
-"""Adapters that were trained with a head, beside a base that has none."""
+"""Where adapters are loaded: those that write text beside the base that is served, and those that were trained with a
+head beside the same base with such a head, over the same weights."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from inlay.bank.bank import Bank, attach
+from inlay.bases.heads import HEADED, Head
 from inlay.errors import UsageError
 from inlay.formats.peft import CONFIG
 
-from .entries import Entry, head_task
+from .entries import Entry, head_of, head_task
+from .folders import Folders
+from .versions import Loaded, Versions
 
-__all__ = ["head_missing"]
+__all__ = ["Homes", "Opens", "head_missing"]
 
-HEADED = ("ForSequenceClassification", "ForTokenClassification")
-"""How classes of bases end that have a head."""
 TASKS = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag"}
 """What HF PEFT calls such tasks."""
+
+Opens = Callable[[Head], Any]
+"""Makes of the base that is served one with a head. Raises: UsageError."""
+
+
+class Homes:
+    """The versions of adapters by what their base gives. `opens` makes bases with heads, one for each task and number
+    of outputs; without it none is made. All methods are for the thread that owns the bank."""
+
+    def __init__(self, bank: Bank, folders: Folders, memory: int | None, opens: Opens | None) -> None:
+        self.writing, self.memory = Versions(bank, folders), memory
+        self._folders, self._opens = folders, opens
+        self._headed: dict[tuple[str, int], Versions] = {}
+
+    def of(self, entry: Entry) -> Versions:
+        """Where an adapter belongs. Raises: UsageError where its base cannot be made."""
+        head = head_of(entry)
+        if head is None or self._opens is None:
+            return self.writing
+        shape = head.task, len(head.labels)
+        if shape not in self._headed:
+            self._headed[shape] = Versions(attach(self._opens(head)), self._folders)
+        return self._headed[shape]
+
+    def __iter__(self) -> Iterator[Versions]:
+        yield self.writing
+        yield from self._headed.values()
+
+    def holding(self, loaded: Loaded) -> Versions:
+        """Where a version was loaded."""
+        return next(versions for versions in self if versions.bank is loaded.bank)
+
+    def sweep(self) -> None:
+        """Take what was let go, and is in no row, out of the banks."""
+        for versions in self:
+            versions.sweep()
+
+    @property
+    def too_large(self) -> bool:
+        return self.memory is not None and sum(versions.bytes for versions in self) > self.memory
 
 
 def head_missing(entry: Entry, model: Any) -> UsageError | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inlay.bank.adapter import Adapter
 from inlay.bank.bank import Bank
+from inlay.bank.narrowing import narrow
 from inlay.errors import UsageError
 
 from .folders import Folders, Signature, digest_of, newest, signature_of
@@ -27,9 +28,10 @@ log = logging.getLogger("inlay.serve")
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """One version: its name in the bank, the bytes of its parameters, its method, and the files that it was read
+    """One version: its bank, its name there, the bytes of its parameters, its method, and the files that it was read
     from."""
 
+    bank: Bank
     name: str
     bytes: int
     method: str
@@ -37,22 +39,17 @@ class Loaded:
 
 
 class Versions:
-    """All methods are for the thread that owns the bank. `verify` raises where an adapter of the bank cannot answer;
-    `on_drop` is called when adapters have left the bank."""
+    """All methods are for the thread that owns the bank; `bytes` is what the adapters there take. `verify` raises where
+    an adapter of the bank cannot answer; `on_drop` is called when adapters have left the bank."""
 
-    def __init__(self, bank: Bank, folders: Folders, memory: int | None) -> None:
-        self.bank, self.folders, self.memory = bank, folders, memory
+    def __init__(self, bank: Bank, folders: Folders) -> None:
+        self.bank, self.folders, self.bytes = bank, folders, 0
         self.verify: Callable[[str], None] = lambda name: None
         self.on_drop: Callable[[], None] = lambda: None
         self._numbers = count(1)
-        self._bytes = 0
         self._left: list[Loaded] = []
         self._inner: set[str] = set()  # adapters that came with another, a fusion's for one
         self._verified: set[bytes] = set()
-
-    @property
-    def too_large(self) -> bool:
-        return self.memory is not None and self._bytes > self.memory
 
     def rests(self, loaded: Loaded) -> bool:
         """Whether no row in flight uses a version."""
@@ -88,12 +85,12 @@ class Versions:
             raise
         self._inner.update(inner)
         size = _bytes([adapter, *(self.bank.adapters[name] for name in inner)])
-        self._bytes += size
-        return Loaded(own, size, _title(adapter), signature), content
+        self.bytes += size
+        return Loaded(self.bank, own, size, _title(adapter), signature), content
 
     def _copy(self, names: Sequence[str]) -> None:
         """Give adapters that were just read memory of their own: safetensors maps a file, and who writes into it would
-        change them, or end the process."""
+        change them, or end the process. They only answer, and are held as narrow as that allows."""
         parts = [part for name in names for part in self.bank.adapters[name].parts]
         held = [p.constants for name, own in self.bank.adapters.items() if name not in names for p in own.parts]
         copies: dict[int, Mapping[str, Tensor]] = {id(constants): constants for constants in held}
@@ -106,6 +103,9 @@ class Versions:
                 copies[spot] = {name: value.clone() for name, value in part.constants.items()}
                 held.append(part.constants)  # while it lives, its id is nobody else's
             part.constants = copies[spot]
+        for name in names:
+            narrow(self.bank.adapters[name])
+            self.bank.adapters[name].fixed = True
 
     def leave(self, loaded: Loaded) -> None:
         """Let a version go when its last row has ended."""
@@ -120,7 +120,7 @@ class Versions:
         for loaded in over:
             try:
                 self._remove([loaded.name])
-                self._bytes -= loaded.bytes
+                self.bytes -= loaded.bytes
             except UsageError as error:  # a route of somebody else's
                 log.warning("%s", error)
                 self._left.append(loaded)

@@ -38,7 +38,7 @@ class Replica:
     def __init__(self, settings: ServeSettings, alone: bool) -> None:
         hush()  # before what is imported here
         from inlay.serve.http.app import make_routes
-        from inlay.serve.http.run import freeze, log_to_stderr, open_service
+        from inlay.serve.http.run import log_to_stderr, open_service
 
         os.dup2(2, 1)  # the front's standard output is its own
         if alone:
@@ -54,10 +54,8 @@ class Replica:
             self.refusal = error
             return
         self.app = make_routes(self.service)
-        self.service.engine.start()
         self._stack, self._catching_up = ExitStack(), asyncio.Lock()
-        self._stack.enter_context(self.service.watched())
-        freeze()
+        self._stack.enter_context(self.service.running())
 
     def check_health(self) -> None:
         """Ray starts another replica where this raises; but none would ever be ready where the first look fails."""
@@ -125,8 +123,7 @@ class Replica:
         from inlay.serve.http.experiments import start
 
         said: list[str] = []
-        if self.service.experiments is not None:
-            start(self.service.names, self.service.experiments, self.settings.experiments, said.append)
+        start(self.service, self.settings.experiments, said.append)
         known = [info.name for info in self.service.adapters.known()]
         return {"base": self.service.base, "adapters": known, "said": said}
 

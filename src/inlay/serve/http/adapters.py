@@ -81,7 +81,7 @@ class AdapterRoutes:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     async def classify(self, request: Request, body: Classify) -> Any:
-        """The label of each text, and the probability of every label."""
+        """The label of each text, and the probability of every label; of heads that give them, a number or tags."""
         service, key, texts = self.service, key_of(request), body.rows()
         named = service.names.read(body.model, key, user_of(request))
         if len(named.adapters) != 1 or not isinstance(named.route, str):
@@ -106,7 +106,8 @@ class AdapterRoutes:
         finally:
             service.ended(named, Measured(outcome, first=time.monotonic() - began))
         service.tallies.classified(named, len(texts))
-        data = [_labelled(number, one) for number, one in enumerate(found)]
+        task = prompting.template.task
+        data = [_labelled(number, one, task) for number, one in enumerate(found)]
         made = {"id": head.id, "object": "list", "model": named.title, "data": data}
         made |= {} if head.arm is None else {"system_fingerprint": head.arm}
         return Json(made, headers=head.headers())
@@ -117,8 +118,8 @@ class AdapterRoutes:
             some = texts[start : start + TEXTS]
 
             def read(bank: Any, some: list[Any] = some) -> list[Prediction]:
-                name = service.adapters.resolve(named.adapters[0])
-                return labels_of(bank, name, some, prompting, service.rows)
+                own = service.adapters.opened(named.adapters[0])
+                return labels_of(own.bank, own.name, some, prompting, service.rows)
 
             found += await service.call(read)
         return found
@@ -150,6 +151,12 @@ def _said(info: AdapterInfo, key: Key) -> dict[str, Any]:
     return made | ({"path": str(info.path)} if key.admin else {})
 
 
-def _labelled(number: int, found: Prediction) -> dict[str, Any]:
-    made = {"index": number, "label": found.answer or None, "probabilities": found.probabilities}
+def _labelled(number: int, found: Prediction, task: str) -> dict[str, Any]:
+    made: dict[str, Any] = {"index": number}
+    if task == "regress":
+        made["value"] = float(found.answer) if found.answer else None
+    elif task == "tag":
+        made["tags"] = list(found.tags)
+    else:
+        made |= {"label": found.answer or None, "probabilities": found.probabilities}
     return made | ({"problem": found.problem} if found.problem else {})

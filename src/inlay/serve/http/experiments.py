@@ -90,8 +90,12 @@ class ExperimentRoutes:
         return store, self._results
 
 
-def start(names: Names, store: Store, path: str | None, on_message: Callable[[str], None]) -> None:
-    """Set the experiments of a file, if there is one, and say which arms are not served. Raises: UsageError."""
+def start(service: Service, path: str | None, on_message: Callable[[str], None]) -> None:
+    """Set the experiments of a file, if there is one, and say which arms are not served; a service without a file for
+    its state has none. Raises: UsageError."""
+    names, store = service.names, service.experiments
+    if store is None:
+        return
     if path is not None:
         set_from_file(names, store, path, on_message)
     for one in store.all():

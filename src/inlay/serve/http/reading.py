@@ -75,12 +75,13 @@ def prompt_logprobs(bank: Bank, route: Any, prompts: Sequence[Prompt], best: int
 def labels_of(
     bank: Bank, adapter: str, texts: Sequence[str | dict[str, str]], prompting: Prompting, prompts: Prompts
 ) -> list[Prediction]:
-    """What an adapter makes of each text, cut to its length in training; `adapter` is its name in the bank.
+    """What an adapter makes of each text, cut to its length in training; `adapter` is its name in the bank. A head may
+    give numbers or tags too.
 
     Raises: UsageError where it was not trained on labels.
     """
     template = prompting.template
-    if template.kind != "label":
+    if template.kind != "label" and template.task == "generate":
         raise UsageError(f"the adapter was trained on {template.kind} rows, not on labels", "Ask for a completion.")
     own = bank.adapters[adapter]
     room = None if prompts.positions is None else prompts.positions - own.virtual_length - own.prefix_length
@@ -95,6 +96,9 @@ def labels_of(
 
 def _row(template: Any, text: str | dict[str, str], number: int) -> Row:
     where = f"text {number}"
+    if template.task == "tag":  # spaces part the words that get a tag each
+        words = text.get(template.text, "") if isinstance(text, dict) else text
+        return Row({template.text: words.split()}, number, where, number + 1)
     if isinstance(text, dict):
         return Row(dict(text), number, where, number + 1)
     made = prompt_row(template, text, where)

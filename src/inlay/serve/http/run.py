@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from .keys import Keys
 from .limits import Rate
 from .settings import ServeSettings
 
-__all__ = ["checked_keys", "freeze", "hosts_of", "log_to_stderr", "make_key", "open_service", "serve", "url_of"]
+__all__ = ["checked_keys", "hosts_of", "log_to_stderr", "make_key", "open_service", "serve", "url_of"]
 
 LOCAL_NAMES = ("0.0.0.0", "::")
 MARGIN = 256
@@ -51,6 +50,7 @@ def serve(
     """
     keys = checked_keys(settings)
     from .app import make_routes
+    from .experiments import start
     from .server import Server, bound
 
     log_to_stderr(settings.log_prompts)
@@ -59,19 +59,14 @@ def serve(
         if keys is not None:
             stack.callback(keys.close)
         service = open_service(settings)
-        if service.experiments is not None:
-            from .experiments import start
-
-            start(service.names, service.experiments, settings.experiments, on_message)
+        start(service, settings.experiments, on_message)
         said = {
             "url": url_of(settings, opened),
             "base": service.base,
             "adapters": [info.name for info in service.adapters.known()],
         }
         server = Server(make_routes(service), service, keys, hosts_of(settings, on_message), lambda: on_ready(said))
-        service.engine.start()
-        stack.enter_context(service.watched())
-        freeze()
+        stack.enter_context(service.running())
         server.serve_on(opened)
 
 
@@ -102,16 +97,10 @@ def hosts_of(settings: ServeSettings, on_message: Callable[[str], None]) -> set[
     return {*settings.allow_host, settings.host} - set(LOCAL_NAMES)
 
 
-def freeze() -> None:
-    """Let Python's collector look at what was made so far no more: base and libraries stay, and a look at their half
-    million objects stops all rows for some tenths of a second."""
-    gc.collect()
-    gc.freeze()
-
-
 def open_service(settings: ServeSettings) -> Any:
     """The engine over the base, not yet started, and the folders of adapters."""
     from inlay.bank.bank import attach
+    from inlay.bases.beside import with_head
     from inlay.bases.load import load_base
     from inlay.formats.notes import read_notes
     from inlay.runtime.decode import token_bytes
@@ -138,7 +127,9 @@ def open_service(settings: ServeSettings) -> Any:
     check_trainable(bank)
     memory = None if settings.adapter_memory is None else int(size_mb(settings.adapter_memory) * 2**20)
     store = int(size_mb(settings.store) * 2**20)
-    adapters = AdapterStore(bank, paths, memory=memory)
+    adapters = AdapterStore(
+        bank, paths, memory=memory, opens=lambda head: with_head(base.model, base.tokenizer, head)
+    )  # fmt: skip
     engine = Engine(bank, base.tokenizer, adapters, store=store, most=settings.rows, waiting=settings.queue)
     model: Any = base.model
     vocabulary = min(vocabulary_of(model), table_size(model) or vocabulary_of(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,10 +145,17 @@ class Service:
         return Work(self, named, list(prompts), tickets)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """New, changed and vanished adapters in the folders are found, as long as the context is entered."""
+    def running(self) -> Iterator[None]:
+        """The engine answers, until `stop`, and as long as the context is entered new, changed and vanished adapters in
+        the folders are found.
+
+        Python's collector looks at what was made before no more: base and libraries stay, and a look at their half
+        million objects stops all rows for some tenths of a second."""
+        self.engine.start()
         watcher = Watcher(self.adapters)
         watcher.start()
+        gc.collect()
+        gc.freeze()
         try:
             yield
         finally:

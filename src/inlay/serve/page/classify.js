@@ -51,6 +51,10 @@ function table(found, text, count) {
   const said = typeof text === "string" ? text : JSON.stringify(text);
   const title = count > 1 ? said.slice(0, TITLE) + (said.length > TITLE ? " …" : "") : "Probability of each label";
   if (found.problem) return el("p", { class: "bad", text: (count > 1 ? title + ": " : "") + found.problem });
+  if (!found.probabilities) {
+    const words = found.tags ? found.tags.join(" ") : String(found.value);
+    return el("p", { text: (count > 1 ? title + ": " : "") + words });
+  }
   const best = Object.entries(found.probabilities).sort((a, b) => b[1] - a[1]);
   const made = el("div", {}, rows(best.slice(0, SHOWN), title, found.label));
   if (best.length > SHOWN) {

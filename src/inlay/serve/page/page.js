@@ -20,7 +20,7 @@ async function refresh() {
     const alone = adapters.filter((one) => one.kind && one.kind !== "messages").map((one) => one.name);
     await showExperiments(found.may_load);
     offer(models.filter((name) => !heads.has(name)), new Set(alone));
-    offerLabels(adapters.filter((one) => one.kind === "label").map((one) => one.name));
+    offerLabels(adapters.filter((one) => one.kind === "label" || heads.has(one.name)).map((one) => one.name));
     show(adapters, found.may_load);
     $("trouble").hidden = true;
     $("tenant").hidden = false;
