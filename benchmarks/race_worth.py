@@ -146,13 +146,15 @@ def stream(task: str, seed: int, rows: int, dtype: str) -> Cell:
 
 
 def _told(one: Any, file: Path) -> Cell:
-    lines = [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()]
-    hits = [float(line["label"] == line["said"]) if "said" in line else 0.0 for line in lines]
-    tokens = [line.get("tokens", 1) for line in lines]
-    scores = [line["loss"] for line in one.best.scores]
-    return {"steps": one.learner.total, "choosing": scores, "diverged": one.learner.diverged,
-            "nats": [line["loss"] * count for line, count in zip(lines, tokens, strict=True)], "tokens": tokens,
-            "hits": hits}  # fmt: skip
+    from inlay.evaluation.rows import RowScores
+    from inlay.reporting.race_rows import read_final_rows
+
+    found = read_final_rows(file)
+    assert found is not None and isinstance(found.scores, RowScores), f"{file} holds no rows"
+    own = found.scores
+    return {"steps": one.learner.total, "choosing": [line["loss"] for line in one.best.scores],
+            "diverged": one.learner.diverged, "nats": [round(nats, 6) for nats in own.nats.tolist()],
+            "tokens": own.tokens.tolist(), "hits": own.hits.tolist()}  # fmt: skip
 
 
 def raced(rule: Any, seen: Sequence[Any]) -> Cell:

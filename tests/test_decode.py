@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import inlay
+from inlay.bank import steps
 from inlay.errors import UsageError
 from inlay.runtime.decode import Decoder, token_bytes
 from inlay.runtime.generating import Session, generate
@@ -96,6 +97,37 @@ def test_rows_that_come_later_and_virtual_tokens_in_places(bank):
     added = [(row, ids, NEW, place) for row, ids, place in zip(rows, prompts, places, strict=True)]
     for (row, ids, _, place), own in zip(added, written(decoder, added), strict=True):
         assert own == alone(bank, row, ids, place)
+
+
+def test_rows_of_low_rank_adapters_come_and_go(monkeypatch):
+    """Their products stay in tables, whoever else is there."""
+    bank = inlay.attach(make("llama", dtype=torch.float64))
+    kinds = {
+        **{f"r{r}": inlay.LoRA(r=r, targets="all-linear") for r in (3, 4, 8, 9, 16)}, "dora": inlay.DoRA(r=3),
+        "qv": inlay.LoRA(r=4, targets=["q_proj", "v_proj"]), "ia3": inlay.IA3(), "bias": inlay.LoRABias(r=2),
+        "uneven": inlay.LoRA(r=4, targets="all-linear", rank_pattern={"k_proj": 9}), "other": inlay.LoRA(r=4),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    for name, method in kinds.items():
+        bank.add(name, method)
+        for parameter in bank.parameters(name):
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    answered, acts = [], steps.placed_acts
+
+    def noted(*given):
+        answered.append(acts(*given))
+        return answered[-1]
+
+    monkeypatch.setattr(steps, "placed_acts", noted)
+    rows = [*kinds, None, *reversed(kinds), "r4", "r8", "r4", "r16", "r3"]
+    prompts = prompts_for(rows, 3)
+    decoder = Decoder(bank, 2**24, 16)
+    for row, ids in zip(rows[:2], prompts, strict=False):
+        decoder.add(row, ids, NEW)
+    later = [(row, ids, NEW) for row, ids in zip(rows[2:], prompts[2:], strict=True)]
+    for row, ids, own in zip(rows, prompts, written(decoder, later), strict=True):
+        assert own == alone(bank, row, ids), row
+    assert sum(found is not None for found in answered) > 20
 
 
 def test_a_small_store_sends_rows_back_and_they_write_the_same(bank):

@@ -225,6 +225,14 @@ def test_of_accuracy_more_is_better():
 # ---- pairs of final rows
 
 
+@pytest.mark.parametrize("odd", ["\x85", "\u2028", "\x1c", "\r"])
+def test_rows_may_hold_characters_that_part_lines_elsewhere(odd, tmp_path):
+    rows = [judged(n, 0.8) | {"prompt": f"a{odd}b {n}"} for n in range(3)]
+    (tmp_path / "a.jsonl").write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    found = read_final_rows(tmp_path / "a.jsonl")
+    assert found is not None and len(found.keys) == 3
+
+
 def test_pairs_are_those_of_the_record(tmp_path):
     chances = [[0.9, 0.4, 0.6] * 5, [0.7, 0.5, 0.2] * 5]
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -503,7 +504,7 @@ def test_an_arm_whose_folder_has_gone_is_said(running, ask):
     try:
         answer = ask("POST", "completions", {"model": "gone", **PROMPT})
         assert answer.status_code == 503 and "'nowhere' of the experiment 'gone'" in answer.text
-        start(running.service.names, store, None, said.append)
+        start(SimpleNamespace(names=running.service.names, experiments=store), None, said.append)
         assert len(said) == 1 and "'nowhere' of the experiment 'gone'" in said[0]
     finally:
         ask("DELETE", "experiments/gone")

@@ -1,4 +1,4 @@
-"""Files that are always whole: written beside, flushed to disk, then renamed over the old one."""
+"""Files that are always whole: written beside, flushed to disk, then renamed over the old one; and lines of JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite", "flush_folder", "write_json", "write_text", "written_beside"]
+__all__ = ["finite", "flush_folder", "json_lines", "write_json", "write_text", "written_beside"]
 
 
 def _umask() -> int:
@@ -86,3 +86,13 @@ def finite(value: Any) -> Any:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, whole or not at all; keys keep their order."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def json_lines(path: str | Path) -> list[str]:
+    """The lines of a file of JSON lines, the blank ones left out; what is no UTF-8 stands there as a question mark.
+
+    Only a line feed parts them: `str.splitlines` also does at characters that JSON leaves as they are, such as U+0085
+    and U+2028, which people's rows hold.
+    """
+    text = Path(path).read_text(encoding="utf8", errors="replace")
+    return [line for line in text.split("\n") if line.strip()]

@@ -30,6 +30,7 @@ class Part:
     def __init__(self, method: Method, index: int, sites: Sequence[Site], params: dict[str, dict[str, nn.Parameter]]):
         self.method, self.index, self.params = method, index, params
         self.sites: dict[str, Site] = {site.path: site for site in sites}
+        self.attended = [site for site in sites if site.kind == "attended"]  # by whose queries it acts
         turns = {site.path: i for i, site in enumerate(sites)}
         found = [turns.get(site.keys_of, i) for i, site in enumerate(sites)]  # keys read again have their prefix there
         self.order: dict[nn.Module, tuple[Site, int]] = {

@@ -86,8 +86,7 @@ class Lookup:
 
     def _attended(self, blend: Blend) -> Iterator[Site]:
         """The attention modules that adapters of a row act on by their queries, which say where a token stands."""
-        sites = (site for part in self._parts(blend) for site in part.sites.values())
-        return (site for site in sites if site.kind == "attended")
+        return (site for part in self._parts(blend) for site in part.attended)
 
     def virtual_of(self, blend: Blend) -> Tensor | None:
         """(n, hidden) embeddings of the virtual tokens of a row."""

@@ -16,6 +16,8 @@ from .adapter import Adapter, Part
 
 __all__ = ["Act", "SitePlan", "plan_at"]
 
+UNKNOWN: Any = object()
+
 
 @dataclass(frozen=True, eq=False)
 class Act:
@@ -52,8 +54,16 @@ def plan_at(path: str, route: Route, blends: Sequence[Blend], adapters: Mapping[
     """The plan of a site; None where no adapter of the route acts there."""
     spot = "plan", path, len(blends)
     if spot not in route.cache:
-        route.cache[spot] = _made(path, list(dict.fromkeys(blends)), adapters)
+        known = "blends", len(blends)
+        if known not in route.cache:
+            route.cache[known] = [(blend, _alone(blend, adapters)) for blend in dict.fromkeys(blends)]
+        route.cache[spot] = _made(path, route.cache[known], adapters)
     return route.cache[spot]
+
+
+def _alone(blend: Blend, adapters: Mapping[str, Adapter]) -> Adapter | None:
+    """The adapter of a blend that is one adapter, and not weighted."""
+    return adapters[blend[0][0]] if len(blend) == 1 and blend[0][1] is None else None
 
 
 def _check_order(path: str, acts: Sequence[Act]) -> None:
@@ -93,10 +103,14 @@ class _Share:
     form: Act | None
 
 
-def _made(path: str, shares: Sequence[Blend], adapters: Mapping[str, Adapter]) -> SitePlan | None:
+def _made(
+    path: str, shares: Sequence[tuple[Blend, Adapter | None]], adapters: Mapping[str, Adapter]
+) -> SitePlan | None:
     forms, rest, scaled = [], [], []
-    for number, blend in enumerate(shares):
-        share = _share(path, blend, adapters)
+    for number, (blend, alone) in enumerate(shares):
+        share = UNKNOWN if alone is None else alone.shares.get(path, UNKNOWN)  # it is, at nearly every step
+        if share is UNKNOWN:
+            share = _share(path, blend, alone, adapters)
         if share is None:
             continue
         if share.changing:
@@ -108,17 +122,12 @@ def _made(path: str, shares: Sequence[Blend], adapters: Mapping[str, Adapter]) -
     return SitePlan(forms, rest, scaled) if forms or rest or scaled else None
 
 
-def _share(path: str, blend: Blend, adapters: Mapping[str, Adapter]) -> _Share | None:
-    """The same at every call for one adapter that uses no others: it remembers that."""
-    if len(blend) != 1 or blend[0][1] is not None:
-        return _share_of(path, blend, adapters)
-    adapter = adapters[blend[0][0]]
-    if path not in adapter.shares:
-        share = _share_of(path, blend, adapters)
-        if adapter.uses:
-            return share
-        adapter.shares[path] = share
-    return adapter.shares[path]
+def _share(path: str, blend: Blend, alone: Adapter | None, adapters: Mapping[str, Adapter]) -> _Share | None:
+    """The same at every call for an adapter `alone` that uses no others: it remembers that."""
+    share = _share_of(path, blend, adapters)
+    if alone is not None and not alone.uses:
+        alone.shares[path] = share
+    return share
 
 
 def _share_of(path: str, blend: Blend, adapters: Mapping[str, Adapter]) -> _Share | None:

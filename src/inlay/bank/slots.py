@@ -21,7 +21,7 @@ from inlay.sites.site import bare
 
 from .acting import Scope, unseen
 
-__all__ = ["Forms", "StepAct", "beside", "linear_acts", "norm_act"]
+__all__ = ["Forms", "StepAct", "beside", "linear_acts", "norm_act", "placed_acts"]
 
 Forms = Mapping[int, LinearForm]
 """By the number of a share."""
@@ -51,10 +51,46 @@ def linear_acts(
         else:
             table = tables.setdefault((*alike, dtype), SlotTable())
             bags = _placed(scope, table, [layers[name] for name in alike], {n: owners[n] for n in own}, vectors)
+            tables.update({("placed", name, dtype): (table, alike) for name in alike})
         found = {name: [_Bagged(bags, layer, name == alike[-1])] for layer, name in enumerate(alike)}
     for name, acts in found.items():
         acts += _scalings(scope, layers[name], vectors)
     return found
+
+
+def placed_acts(
+    scope: Scope, path: str, dtype: torch.dtype, owners: Mapping[int, object], vectors: int,
+    forms_of: Callable[[str, int], LinearForm | None],
+) -> dict[str, list[StepAct]] | None:  # fmt: skip
+    """`linear_acts` where others have laid out a table of products at `path`, and adapters do nothing there beside
+    theirs; None where that is not so. `forms_of` a layer and a share is asked where an adapter is not in the table."""
+    table, alike = getattr(scope.layout, "tables", {}).get(("placed", path, dtype), (None, ()))
+    if table is None:
+        return None
+    slots: dict[int, tuple[int, ...]] = {}
+    for number, owner in owners.items():
+        if owner not in table.plain:
+            forms = [forms_of(name, number) for name in alike]
+            if not _alike(forms):
+                return None
+            table.place(owner, lambda forms=forms: [_factors(form) for form in forms])
+            table.plain.add(owner)
+        slots[number] = table.place(owner, list)
+    if _one_by_one([(len(own), _count(scope, number, vectors)) for number, own in slots.items()], dtype):
+        return None
+    bags = table.bags([slots.get(number, ()) for number in _shares(scope, vectors)])
+    return {name: [_Bagged(bags, layer, name == alike[-1])] for layer, name in enumerate(alike)}
+
+
+def _alike(forms: Sequence[LinearForm | None]) -> bool:
+    """Whether all are products of one rank, and nothing beside."""
+    ranks = {0 if form is None or form.down is None else units(len(form.down)) for form in forms}
+    return 0 not in ranks and len(ranks) == 1 and not any(form is None or _beside(form) for form in forms)
+
+
+def _beside(form: LinearForm) -> bool:
+    """Whether a form does something beside its product."""
+    return form.out_scale is not None or form.shift is not None
 
 
 def _ranks(forms: Forms) -> dict[int, int]:
@@ -148,6 +184,8 @@ def _placed(
         number: table.place(owner, lambda number=number: [_factors(forms[number]) for forms in layers])
         for number, owner in owners.items()
     }
+    beside = {number for forms in layers for number, form in forms.items() if _beside(form)}
+    table.plain.update(owner for number, owner in owners.items() if number not in beside)
     return table.bags([own.get(number, ()) for number in _shares(scope, vectors)])
 
 
@@ -192,7 +230,7 @@ class _Scaling:
 
 
 def _scalings(scope: Scope, forms: Forms, vectors: int) -> list[StepAct]:
-    numbers = [n for n, form in forms.items() if form.out_scale is not None or form.shift is not None]
+    numbers = [number for number, form in forms.items() if _beside(form)]
     return [_scaling(scope, numbers, forms, vectors)] if numbers else []
 
 

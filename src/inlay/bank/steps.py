@@ -15,7 +15,7 @@ from inlay.methods.contract import BottleneckForm, LinearForm, Site
 from .acting import Scope, act_in_turn, input_scales, scaled_input
 from .adapter import Adapter
 from .plan import Act, SitePlan, plan_at
-from .slots import Forms, StepAct, beside, linear_acts, norm_act
+from .slots import Forms, StepAct, beside, linear_acts, norm_act, placed_acts
 
 __all__ = ["InputStep", "Step", "fresh", "goes_on", "input_step", "step_of"]
 
@@ -120,15 +120,46 @@ def _linear(
     path, cache = scope.site.path, scope.cache
     spot = "acts", path, vectors, y.dtype
     if spot not in cache:
-        layers: dict[str, Forms] = {}
-        for other in dict.fromkeys((*same_input, path)):
-            own = plan if other == path else plan_at(other, scope.route, scope.layout.blends, adapters)
-            if own is not None and (other == path or not (own.scaled or plan.scaled)):
-                layers[other] = {n: act.part.form(other, y.dtype, cache) for n, act in own.forms}
         owners = {n: act.adapter for n, act in plan.forms}
-        for other, acts in linear_acts(scope, layers, path, vectors, owners).items():
+        found = _placed(plan, scope, y.dtype, owners, vectors, same_input, adapters)
+        if found is None:
+            found = linear_acts(scope, _layers(plan, scope, y.dtype, same_input, adapters), path, vectors, owners)
+        for other, acts in found.items():
             cache["acts", other, vectors, y.dtype] = acts
     return list(cache[spot])
+
+
+def _layers(
+    plan: SitePlan, scope: Scope, dtype: torch.dtype, same_input: Sequence[str], adapters: Mapping[str, Adapter]
+) -> dict[str, Forms]:
+    """The forms of a site, and of those that read the same x."""
+    path, layers = scope.site.path, dict[str, Forms]()
+    for other in dict.fromkeys((*same_input, path)):
+        own = plan if other == path else plan_at(other, scope.route, scope.layout.blends, adapters)
+        if own is not None and (other == path or not (own.scaled or plan.scaled)):
+            layers[other] = {n: act.part.form(other, dtype, scope.cache) for n, act in own.forms}
+    return layers
+
+
+def _placed(
+    plan: SitePlan, scope: Scope, dtype: torch.dtype, owners: Mapping[int, Adapter], vectors: int,
+    same_input: Sequence[str], adapters: Mapping[str, Adapter],
+) -> Mapping[str, list[StepAct]] | None:  # fmt: skip
+    """The acts of a site and of those that read the same x, where the same adapters act at all of them and a table is
+    there."""
+    plans = {scope.site.path: plan}
+
+    def form(path: str, number: int) -> LinearForm | None:
+        own = plans.get(path)
+        act = None if own is None else next((act for n, act in own.forms if n == number), None)
+        return None if act is None else act.part.form(path, dtype, scope.cache)
+
+    for other in same_input:
+        own = plan_at(other, scope.route, scope.layout.blends, adapters)
+        if own is None or own.scaled or plan.scaled or [n for n, _ in own.forms] != [*owners]:
+            return None
+        plans[other] = own
+    return placed_acts(scope, scope.site.path, dtype, owners, vectors, form)
 
 
 def input_step(plan: SitePlan, scope: Scope, x: Tensor) -> InputStep | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,13 +40,13 @@ def with_head(model: Any, tokenizer: Any, head: Head) -> Any:
 
 def _share(into: nn.Module, source: nn.Module) -> None:
     """Give every module `into` the parameters and buffers of the one at its path in `source`."""
-    known = dict(source.named_modules())
+    known: dict[str, Any] = dict(source.named_modules())
     for path, module in into.named_modules():
-        own = known.get(path)
-        if type(own) is not type(module):
-            continue
-        for there, here in ((own._parameters, module._parameters), (own._buffers, module._buffers)):
-            here.update({name: there[name] for name in here if name in there})
+        own, here = known.get(path), cast(Any, module)
+        if own is not None and type(own) is type(here):
+            for kind in ("_parameters", "_buffers"):
+                there, into_here = getattr(own, kind), getattr(here, kind)
+                into_here.update({name: there[name] for name in into_here if name in there})
 
 
 def _fill(module: nn.Module, like: torch.Tensor) -> None:

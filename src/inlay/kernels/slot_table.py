@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import Tensor
 
 from .bags import RANK, Bags, Factors, units
@@ -22,10 +23,12 @@ GROWTH = 1.25
 
 class SlotTable:
     """The products of one x at the layers that read it; see `Bags`. Owners that nobody else knows any more give their
-    slots back."""
+    slots back. `plain` are those of whom somebody has noted that they do nothing there beside their products."""
 
     def __init__(self) -> None:
         self._slots: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
+        self._spare: list[int] = []
+        self.plain: WeakSet[Any] = WeakSet()
         self._downs: Tensor | None = None
         self._ups: list[Tensor] = []
         self._room = 0
@@ -47,13 +50,15 @@ class SlotTable:
 
     def _free(self, products: Sequence[Factors]) -> tuple[int, ...]:
         count = units(len(products[0][0]))
-        used = {slot for slots in self._slots.values() for slot in slots}
-        free = [slot for slot in range(self._room) if slot not in used]
-        if len(free) < count:
+        if len(self._spare) < count:
+            used = {slot for slots in self._slots.values() for slot in slots}
+            self._spare = [slot for slot in range(self._room) if slot not in used]
+        if len(self._spare) < count:
             first = self._room
-            self._grow(products, max(self._room + count - len(free), int(GROWTH * self._room)))
-            free += range(first, self._room)
-        return tuple(free[:count])
+            self._grow(products, max(self._room + count - len(self._spare), int(GROWTH * self._room)))
+            self._spare += range(first, self._room)
+        taken, self._spare = self._spare[:count], self._spare[count:]
+        return tuple(taken)
 
     def _grow(self, products: Sequence[Factors], room: int) -> None:
         down, width = products[0][0], products[0][0].shape[1]
@@ -67,9 +72,12 @@ class SlotTable:
     def _write(self, slots: tuple[int, ...], layer: int, down: Tensor, up: Tensor, scale: float) -> None:
         assert self._downs is not None
         width, columns = down.shape[1], slice(layer * RANK, (layer + 1) * RANK)
-        rows = up.t() * scale
         for unit, slot in enumerate(slots):
             own = slice(unit * RANK, (unit + 1) * RANK)
-            place = self._downs[slot * width : (slot + 1) * width, columns]
-            place.zero_()[:, : len(down[own])] = down[own].t()
-            self._ups[layer][slot * RANK : (slot + 1) * RANK].zero_()[: len(rows[own])] = rows[own]
+            low, high = down[own].t(), up[:, own].t()
+            here = self._downs[slot * width : (slot + 1) * width, columns]
+            there = self._ups[layer][slot * RANK : (slot + 1) * RANK]
+            if low.shape[1] < RANK:  # the rest of a unit, where others were before
+                here, there = here.zero_()[:, : low.shape[1]], there.zero_()[: len(high)]
+            here.copy_(low)
+            torch.mul(high, scale, out=there)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from inlay.evaluation.compare import HIGHER
-from inlay.files import finite
+from inlay.files import finite, json_lines
 from inlay.runs.asking import Ask
 from inlay.runs.events import read_events
 from inlay.runs.folder import RunFolder
@@ -118,7 +118,7 @@ def _chosen(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     if not folder.metrics.exists():
         return found
-    for text in folder.metrics.read_text(encoding="utf8").splitlines():
+    for text in json_lines(folder.metrics):
         try:
             line = json.loads(text)
         except ValueError:

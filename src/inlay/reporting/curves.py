@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from inlay.files import json_lines
+
 from .charts import Line, bars, lines, thinned
 from .words import is_number
 
@@ -20,11 +22,11 @@ Points = list[tuple[float, float]]
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl that name a step; those that a full disk or a crash cut short are passed over."""
     try:
-        text = path.read_text(encoding="utf8", errors="replace")
+        lines = json_lines(path)
     except OSError:
         return []
     found = []
-    for line in text.splitlines():
+    for line in lines:
         try:
             parsed = json.loads(line)
         except ValueError:

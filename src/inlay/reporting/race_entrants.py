@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.evaluation.compare import HIGHER, Comparison
+from inlay.files import json_lines
 from inlay.methods.table import METHODS
 from inlay.values import fields_of
 
@@ -211,7 +212,7 @@ def _events(path: Path) -> tuple[set[str], dict[str, str]]:
     entered: set[str] = set()
     left: dict[str, str] = {}
     try:
-        lines = path.read_text(encoding="utf8", errors="replace").splitlines()
+        lines = json_lines(path)
     except OSError:
         return entered, left
     for text in lines:

@@ -14,6 +14,7 @@ import numpy as np
 from inlay.evaluation.compare import Comparison, compare
 from inlay.evaluation.head_rows import NumberScores
 from inlay.evaluation.rows import RowScores
+from inlay.files import json_lines
 
 from .words import is_number
 
@@ -36,7 +37,7 @@ class FinalRows:
 def read_final_rows(path: Path) -> FinalRows | None:
     """The rows of a final.jsonl; None where there are none, or one of them cannot be read: pairs need all of them."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+        rows = [json.loads(line) for line in json_lines(path)]
         return _rows(rows) if rows and all(isinstance(row, dict) for row in rows) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

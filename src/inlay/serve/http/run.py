@@ -102,25 +102,19 @@ def open_service(settings: ServeSettings) -> Any:
     from inlay.bank.bank import attach
     from inlay.bases.beside import with_head
     from inlay.bases.load import load_base
-    from inlay.formats.notes import read_notes
     from inlay.runtime.decode import token_bytes
     from inlay.runtime.forward import check_trainable
     from inlay.runtime.requests import vocabulary_of
     from inlay.serve.adapters import AdapterStore
     from inlay.serve.engine import Engine
     from inlay.serve.experiments.store import Store
-    from inlay.serve.folders import Folders
     from inlay.sites.positions import positions_of, table_size
 
     from .service import Service
 
     experiments = None if settings.state_file is None else Store(settings.state_file)
     paths = [Path(path) for path in settings.adapters]
-    dtype = settings.dtype
-    if dtype == "auto":
-        trained = {_noted_dtype(folder, read_notes) for folder in Folders(paths).look().values()} - {None}
-        dtype = trained.pop() or dtype if len(trained) == 1 else dtype
-    base = load_base(settings.base, dtype, settings.device, settings.quantize)
+    base = load_base(settings.base, _dtype(settings, paths), settings.device, settings.quantize)
     if base.tokenizer is None:
         raise UsageError(f"base {settings.base} has no tokenizer", "Name a base folder that holds one.")
     bank = attach(base.model)
@@ -142,10 +136,22 @@ def open_service(settings: ServeSettings) -> Any:
     )  # fmt: skip
 
 
-def _noted_dtype(folder: Path, read: Callable[[Path], Any]) -> str | None:
+def _dtype(settings: ServeSettings, paths: list[Path]) -> str:
+    """What all adapters were trained in, where nothing is said."""
+    from inlay.serve.folders import Folders
+
+    if settings.dtype != "auto":
+        return settings.dtype
+    trained = {_noted_dtype(folder) for folder in Folders(paths).look().values()} - {None}
+    return (trained.pop() if len(trained) == 1 else None) or settings.dtype
+
+
+def _noted_dtype(folder: Path) -> str | None:
     """What an adapter was trained in; a broken folder says nothing here, and is reported when it is asked for."""
+    from inlay.formats.notes import read_notes
+
     try:
-        return read(folder).dtype
+        return read_notes(folder).dtype
     except Exception:
         return None
 
