@@ -8,7 +8,7 @@ and loading the base count for neither. A halving done with TRL is reckoned from
 be gone on with for nothing; ours is timed with the rungs of `inlay race`, without scoring on either side.
 
     python benchmarks/race_speed.py --minutes 45
-    python benchmarks/race_speed.py --minutes 0              nothing but the tables, from what is there
+    python benchmarks/race_speed.py --minutes 0 --page docs/performance.md         nothing but the tables
 needs: pip install -e '.[bench]'
 """
 
@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pages import write_between
 from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
@@ -36,6 +37,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 LACKS = ("houlsby", "pfeiffer")
 BATCH, STEPS, MANY = 4, 40, (1, 4, 16, 64)
+MARKS = "<!-- race speed: begin -->", "<!-- race speed: end -->"
 console = Console(stderr=True, highlight=False)
 Cell = dict[str, Any]
 
@@ -45,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=45, help="begin no process after so many")
     parser.add_argument("--cells", type=Path, default=HERE / "race_speed.jsonl", help="the file of finished processes")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--page", type=Path, help="write the tables between the marks of this page")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -178,9 +181,10 @@ def due(cells: dict[str, Cell]) -> tuple[str, list[Any]] | None:
         "ours all": ["ours", [*CONTENDERS], dtype, False],
     }
     mine["ours halving"] = ["ours", both, dtype, True]
+    mine["ours nothing"] = ["ours", ["norm"] * len(both), dtype, False]
     mine |= {f"ours {many}": ["ours", ["lora8"] * many, dtype, False] for many in MANY}
     order = [*calls.items()]
-    for place, item in zip((3, 7, 10, 12, 13, 14, 14), mine.items(), strict=True):
+    for place, item in zip((3, 7, 10, 12, 13, 14, 14, 14), mine.items(), strict=True):
         order.insert(place, item)
     return next(((what, told) for what, told in order if what not in cells), None)
 
@@ -207,11 +211,17 @@ def report(cells: dict[str, Cell]) -> str:
     own = [f"theirs {name}" for name in CONTENDERS if name not in LACKS]
     lines += ["| contender | PEFT + TRL, s |", "|---|---|"]
     lines += [f"| {what[7:]} | {_seconds(cells.get(what))} |" for what in own]
-    lines += ["", *_ratios(cells, own), "", "| LoRAs in one stream | seconds | tokens/s |", "|---|---|---|"]
+    lines += ["", *_ratios(cells, own), ""]
+    lines += [
+        "| LoRAs r=8 in one stream | seconds | tokens/s | as fast as PEFT + TRL one after another |",
+        "|---|---|---|---|",
+    ]
     for many in MANY:
         cell = cells.get(f"ours {many}", {})
         speed = f"{cell['tokens'] / cell['seconds']:,.0f}" if "seconds" in cell else "–"
-        lines.append(f"| {many} | {_seconds(cell)} | {speed} |")
+        alone = cells.get("theirs lora8", {}).get("seconds")
+        times = f"{many * alone / cell['seconds']:.2f} times" if alone and "seconds" in cell else "–"
+        lines.append(f"| {many} | {_seconds(cell)} | {speed} | {times} |")
     return "\n".join(lines)
 
 
@@ -240,6 +250,11 @@ def _ratios(cells: dict[str, Cell], own: list[str]) -> list[str]:
         lines.append(
             f"The same halving: {halved:.0f} s and {mine['halving']:.0f} s, {halved / mine['halving']:.2f} times."
         )
+    if len(there) == len(own) and (least := cells.get("ours nothing", {}).get("seconds")):
+        lines.append(
+            f"As many norm tunings, which add next to nothing to the base's own products: {least:.0f} s, "
+            f"so that more than {sum(there) / least:.1f} times cannot be had here."
+        )
     if mine.get("all"):
         lines.append(f"All {len(CONTENDERS)}, with those PEFT lacks: {mine['all']:.0f} s.")
     return lines
@@ -252,7 +267,10 @@ def main() -> None:
         print(json.dumps((ours if kind == "ours" else theirs)(what, dtype, a.steps, flag)))
         return
     fill(a)
-    print(report(read_cells(a.cells)))
+    text = report(read_cells(a.cells))
+    print(text)
+    if a.page:
+        write_between(a.page, MARKS, text)
 
 
 if __name__ == "__main__":

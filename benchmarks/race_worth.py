@@ -1,14 +1,15 @@
 """What a race is worth: how far its winner stands from the best of all contenders trained to the end, and at what cost.
 
 Film reviews (Rotten Tomatoes), 480 rows, the first 12 contenders of the default space, three seeds; docstring to code
-(functions of Python's standard library) and dialogue (chatterbot-corpus), one seed each. All contenders are trained to
-the end in one stream and scored at every rung on half of up to 1,300 held-out rows (500 at most); the other half is
-scored once, at the end. Since each equals its solo run, what a race would have done follows from those scores alone:
-the rule is asked rung by rung, and who it drops is looked at no further. Beside it: random search at the race's cost
-(the best on the choosing rows of as many whole courses, in the mean over 2,000 draws), and LoRA r=8 at 1e-3.
+(short functions of Python's standard library) and dialogue (chatterbot-corpus), one seed each. All contenders are
+trained to the end in one stream and scored at every rung on half of 1,300 held-out rows (500 at most; of code and
+dialogue there are 600); the other half is scored once, at the end. Since each equals its solo run, what a race would
+have done follows from those scores alone: the rule is asked rung by rung, and who it drops is looked at no further.
+Beside it: random search at the race's cost (the best on the choosing rows of as many whole courses, in the mean over
+2,000 draws), and LoRA r=8 at 1e-3.
 
     python benchmarks/race_worth.py --minutes 45
-    python benchmarks/race_worth.py --minutes 0              nothing but the table, from what is there
+    python benchmarks/race_worth.py --minutes 0 --page docs/performance.md         nothing but the table
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from pages import write_between
 from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
-ROWS, HELD, CONTENDERS, DRAWS = 480, 1300, 12, 2000
+ROWS, HELD, FEWER, CONTENDERS, DRAWS = 480, 1300, 600, 12, 2000
 CASES = [("reviews", 0), ("reviews", 1), ("reviews", 2), ("code", 0), ("dialogue", 0)]
 USUAL = "lora-r8-1e-3"
+MARKS = "<!-- race worth: begin -->", "<!-- race worth: end -->"
 console = Console(stderr=True, highlight=False)
 Cell = dict[str, Any]
 Parts = tuple[list[dict[str, str]], list[dict[str, str]]]
@@ -48,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cells", type=Path, default=HERE / "race_worth.jsonl", help="the file of finished streams")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--page", type=Path, help="write the tables between the marks of this page")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -69,10 +73,10 @@ def code(rows: int) -> Parts:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and (words := ast.get_docstring(node)) and len(node.body) > 1:
                 body = ast.unparse(ast.Module(node.body[1:], []))
-                if len(words) < 400 and 20 < len(body) < 600:
+                if len(words) < 160 and 20 < len(body) < 240:
                     head = f"def {node.name}({ast.unparse(node.args)}):"
                     pairs.append({"prompt": f'{head}\n    """{words}"""\n', "completion": body})
-    return _parts(pairs, rows)
+    return _parts(pairs, rows, FEWER)
 
 
 def dialogue(rows: int) -> Parts:
@@ -90,15 +94,15 @@ def dialogue(rows: int) -> Parts:
                     for talk in (read_yaml(archive.read(name).decode("utf8")) or {}).get("conversations", []):
                         said = [str(turn) for turn in talk]
                         pairs += [{"prompt": a, "completion": b} for a, b in pairwise(said)]
-    return _parts(pairs, rows)
+    return _parts(pairs, rows, FEWER)
 
 
-def _parts(pairs: list[dict[str, str]], rows: int) -> Parts:
+def _parts(pairs: list[dict[str, str]], rows: int, held: int) -> Parts:
     """As many to score on as are left, of pairs that differ, in an order of their own."""
     unique = [*{json.dumps(pair): pair for pair in pairs}.values()]
     order = np.random.default_rng(0).permutation(len(unique))
     drawn = [unique[n] for n in order]
-    return drawn[:rows], drawn[rows:][:HELD]
+    return drawn[:rows], drawn[rows:][:held]
 
 
 TASKS: dict[str, Callable[[int], Parts]] = {"reviews": reviews, "code": code, "dialogue": dialogue}
@@ -253,7 +257,10 @@ def main() -> None:
         with a.cells.open("a", encoding="utf8") as file:
             file.write((lines[-1] if lines else json.dumps({"task": case[0], "seed": case[1], "error": why})) + "\n")
         console.print(*case, "done" if lines else why)
-    print(report(read_cells(a.cells)))
+    text = report(read_cells(a.cells))
+    print(text)
+    if a.page:
+        write_between(a.page, MARKS, text)
 
 
 if __name__ == "__main__":
