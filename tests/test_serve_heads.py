@@ -18,6 +18,7 @@ from inlay.cli.app import app
 from inlay.errors import UsageError
 from inlay.serve.adapters import AdapterStore
 from serving import serving
+from test_tasks import encoder_folder  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEXTS = ["a good film", "a bad film"]
@@ -140,6 +141,32 @@ def test_quantized_bases_take_no_head(base_folder):
     base.model.hf_quantizer = object()
     with pytest.raises(UsageError, match="is quantized"):
         with_head(base.model, base.tokenizer, Head("classify", ("a", "b")))
+
+
+@pytest.fixture(scope="module")
+def encoding(encoder_folder, runs, tmp_path_factory):  # noqa: F811
+    """A server over a base that writes no text."""
+    folder = tmp_path_factory.mktemp("encoding")
+    for name in ("head", "number"):
+        given = ["--data", runs.parent / "rows.csv", "--base", encoder_folder, "--dtype", "float32", "--steps", 2]
+        command("train", *given, "--out", folder / name, *RUNS[name])
+    with serving(encoder_folder, folder) as made:
+        yield made, folder
+
+
+def test_a_base_that_writes_no_text_serves_heads(encoding, encoder_folder, tmp_path):  # noqa: F811
+    made, folder = encoding
+    found = asked(made, "head", input=TEXTS).json()["data"]
+    for one, row in zip(found, predicted(folder, "head", encoder_folder, tmp_path), strict=True):
+        own = one["probabilities"]
+        assert list(own.values()) == pytest.approx([row[f"probability of {label}"] for label in own], abs=1e-4)
+    assert all(isinstance(one["value"], float) for one in asked(made, "number", input=TEXTS).json()["data"])
+    assert httpx.get(f"{made.url}/v1/adapters", timeout=30).json()["writes"] is False
+    base = made.service.base
+    for path, body in (("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+                       ("completions", {"prompt": "a", "echo": True})):  # fmt: skip
+        refused = asked(made, base, path, **body)
+        assert refused.status_code == 400 and "writes no text" in refused.json()["error"]["message"]
 
 
 def test_a_head_of_another_librarys_adapter_is_named_too(running):

@@ -10,9 +10,15 @@ from torch import nn
 
 from inlay.errors import UsageError
 
-from .heads import Head, head_class, set_padding
+from .heads import Head, can_write, head_class, set_padding
 
-__all__ = ["with_head"]
+__all__ = ["check_serves", "with_head"]
+
+
+def check_serves(model: Any) -> None:
+    """Raises: UsageError where a base neither writes text nor takes a head."""
+    if not can_write(model):
+        head_class(model.config.to_dict(), str(model.config._name_or_path), Head("classify"))
 
 
 def with_head(model: Any, tokenizer: Any, head: Head) -> Any:

@@ -15,7 +15,17 @@ import torch
 
 from inlay.errors import UsageError
 
-__all__ = ["HEADED", "WHOLE", "Head", "drawn_alike", "fresh_modules", "head_class", "set_padding", "writes_text"]
+__all__ = [
+    "HEADED",
+    "WHOLE",
+    "Head",
+    "can_write",
+    "drawn_alike",
+    "fresh_modules",
+    "head_class",
+    "set_padding",
+    "writes_text",
+]
 
 CLASSES = {
     "classify": "AutoModelForSequenceClassification",
@@ -64,6 +74,11 @@ def set_padding(model: Any, tokenizer: Any) -> None:
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
+
+
+def can_write(model: Any) -> bool:
+    """Whether an open base writes text."""
+    return bool(getattr(model, "can_generate", bool)())
 
 
 def writes_text(config: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.bank.bank import Bank
+from inlay.bases.heads import can_write
 from inlay.batch.noise import NeftuneNoise, Noise
 from inlay.batch.route import RowSpec
 from inlay.data.encode import Example
@@ -39,7 +40,7 @@ class Segment:
 
 def check_trainable(bank: Bank) -> None:
     """Raises: UsageError where the base does not write text."""
-    if not getattr(bank.model, "can_generate", bool)():
+    if not can_write(bank.model):
         raise UsageError(f"{type(bank.model).__name__} does not write text", "Choose a causal or encoder-decoder base.")
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from inlay.bank.bank import Bank
+from inlay.bases.heads import can_write
 from inlay.batch.past import BLOCK
 from inlay.errors import InlayError
 from inlay.runtime.decode import CHUNK
@@ -167,7 +168,7 @@ class PaddedWriter:
 
 def writer_for(bank: Bank, tokenizer: Any, store: int, most: int) -> Writer:
     """Raises: UsageError where the store is too small."""
-    if bank.packs:
+    if bank.packs and can_write(bank.model):
         return PackedWriter(bank, tokenizer, store, most)
     return PaddedWriter(bank, tokenizer, most)
 

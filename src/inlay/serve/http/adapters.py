@@ -53,7 +53,8 @@ class AdapterRoutes:
         """What is known of each adapter that the key may use."""
         key = key_of(request)
         data = [_said(info, key) for info in self.service.names.visible(key)]
-        return Json({"object": "list", "base": self.service.base, "may_load": key.admin, "data": data})
+        made = {"base": self.service.base, "writes": self.service.prompts.writes, "may_load": key.admin}
+        return Json({"object": "list", **made, "data": data})
 
     async def load(self, request: Request, body: Load) -> Any:
         """Serve the adapter in a folder under a name, in place of what has the name now."""

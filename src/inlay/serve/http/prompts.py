@@ -45,11 +45,14 @@ class Prompt:
 
 class Prompts:
     """Encodes for one thread at a time; `vocabulary` is how many token ids the base knows, `positions` how many tokens
-    a row may have (None for any number).
+    a row may have (None for any number), `writes` whether the base writes text.
     """
 
-    def __init__(self, tokenizer: Any, limits: Limits, vocabulary: int, positions: int | None) -> None:
+    def __init__(
+        self, tokenizer: Any, limits: Limits, vocabulary: int, positions: int | None, writes: bool = True
+    ) -> None:  # fmt: skip
         self.tokenizer, self.limits, self.vocabulary, self.positions = tokenizer, limits, vocabulary, positions
+        self.writes = writes
         self._words: Words | None = None
         self._encoders: OrderedDict[Any, Encoder] = OrderedDict()
         self._noted: OrderedDict[Path, tuple[Any, Prompting | None]] = OrderedDict()
@@ -146,8 +149,10 @@ class Prompts:
     def _check_writes(self, found: Prompting | None) -> None:
         if found is not None and found.template.task != "generate":
             task = found.template.task
-            said = f"this adapter was trained to {task} with a head, and writes no text"
-            said += "; its labels are asked at /v1/classify" if task == "classify" else ""
+            said = f"this adapter was trained to {task} with a head, and writes no text. Ask it at /v1/classify."
+            raise Problem(400, said, param="model")
+        if not self.writes:
+            said = "the base that is served writes no text. Ask its adapters at /v1/classify."
             raise Problem(400, said, param="model")
 
     def _check(self, ids: Sequence[int]) -> None:

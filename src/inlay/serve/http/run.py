@@ -100,10 +100,9 @@ def hosts_of(settings: ServeSettings, on_message: Callable[[str], None]) -> set[
 def open_service(settings: ServeSettings) -> Any:
     """The engine over the base, not yet started, and the folders of adapters."""
     from inlay.bank.bank import attach
-    from inlay.bases.beside import with_head
+    from inlay.bases.beside import check_serves, with_head
     from inlay.bases.load import load_base
     from inlay.runtime.decode import token_bytes
-    from inlay.runtime.forward import check_trainable
     from inlay.runtime.requests import vocabulary_of
     from inlay.serve.adapters import AdapterStore
     from inlay.serve.engine import Engine
@@ -118,7 +117,7 @@ def open_service(settings: ServeSettings) -> Any:
     if base.tokenizer is None:
         raise UsageError(f"base {settings.base} has no tokenizer", "Name a base folder that holds one.")
     bank = attach(base.model)
-    check_trainable(bank)
+    check_serves(base.model)
     memory = None if settings.adapter_memory is None else int(size_mb(settings.adapter_memory) * 2**20)
     store = int(size_mb(settings.store) * 2**20)
     adapters = AdapterStore(

@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from inlay.bases.heads import can_write
 from inlay.batch.route import RowSpec
 from inlay.runtime.requests import Token, end_tokens, vocabulary_of
 from inlay.runtime.sampling import Grammar, Sampling
@@ -68,10 +69,8 @@ class Service:
         self.names = Names(self.base, self.adapters, self.experiments)
         self.tallies = Tallies(self.engine)
         self.words = TokenWords(self.tokenizer)
-        self.prompts, self.rows = (
-            Prompts(deepcopy(self.tokenizer), self.limits, self.vocabulary, self.positions) for _ in range(2)
-        )
-        model = self.engine.bank.model
+        model, own = self.engine.bank.model, (self.limits, self.vocabulary, self.positions)
+        self.prompts, self.rows = (Prompts(deepcopy(self.tokenizer), *own, can_write(model)) for _ in range(2))
         self.schemas = Schemas(self.tokenizer, end_tokens(model), vocabulary_of(model))
         self._encoding = ThreadPoolExecutor(1, "encoding")
 

@@ -13,6 +13,8 @@ let visitor = ""; // whoever chats stays with one arm of an experiment
 /** Offer the models; those that answer single prompts alone are in `alone`. */
 export function offer(models, alone) {
   single = alone;
+  $("chat").hidden = models.length === 0;
+  $("no-text").hidden = models.length > 0;
   SLOTS.forEach((id, n) => fill($(id), models, n ? "none" : null, models[n < 2 ? n : -1] ?? ""));
 }
 

@@ -19,7 +19,7 @@ async function refresh() {
     const heads = new Set(adapters.filter((one) => one.task && one.task !== "generate").map((one) => one.name));
     const alone = adapters.filter((one) => one.kind && one.kind !== "messages").map((one) => one.name);
     await showExperiments(found.may_load);
-    offer(models.filter((name) => !heads.has(name)), new Set(alone));
+    offer(models.filter((name) => found.writes && !heads.has(name)), new Set(alone));
     offerLabels(adapters.filter((one) => one.kind === "label" || heads.has(one.name)).map((one) => one.name));
     show(adapters, found.may_load);
     $("trouble").hidden = true;
