@@ -8,6 +8,7 @@ import shutil
 
 import httpx
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import inlay
@@ -19,6 +20,7 @@ from inlay.errors import UsageError
 from inlay.serve.adapters import AdapterStore
 from serving import serving
 from test_tasks import encoder_folder  # noqa: F401
+from zoo import make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEXTS = ["a good film", "a bad film"]
@@ -121,6 +123,16 @@ def test_a_base_with_a_head_holds_no_weights_twice(runs, base_folder):
         assert [name for name, p in made.named_parameters() if p.data_ptr() not in own] == fresh
         assert made.score.weight.shape[0] == len(head.labels) and made.config.num_labels == len(head.labels)
     assert not hasattr(base.model, "score") and base.model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "qwen3_moe", "jamba", "bert", "roberta"])
+def test_a_base_with_a_head_gives_the_same_states(name):
+    model = make(name)
+    made = with_head(model, None, Head("classify", ("a", "b", "c")))
+    ids = torch.arange(6, 14)[None]
+    with torch.no_grad():
+        states = [one.base_model(input_ids=ids)[0] for one in (model, made)]
+        assert torch.equal(*states) and made(input_ids=ids).logits.shape == (1, 3)
 
 
 @pytest.mark.parametrize("name", list(HEADS))
