@@ -130,6 +130,24 @@ def test_rows_of_low_rank_adapters_come_and_go(monkeypatch):
     assert sum(found is not None for found in answered) > 20
 
 
+def test_chains_whose_adapters_act_on_different_layers_share_no_products():
+    """A acts on queries, B and C on keys, which read the same x: each layer's products are other adapters'."""
+    bank = inlay.attach(make("llama", dtype=torch.float64))
+    torch.manual_seed(1)
+    for name, target in (("a", "q_proj"), ("b", "k_proj"), ("c", "k_proj")):
+        bank.add(name, inlay.LoRA(r=8, targets=[target]))
+        for parameter in bank.parameters(name):
+            parameter.data.copy_(torch.randn_like(parameter) * 0.5)
+    rows = [["a", "b"], ["a", "c"], "a", "c"] * 4
+    prompts = prompts_for(rows, 4)
+    decoder = Decoder(bank, 2**24, 64)
+    for row, ids in zip(rows[:5], prompts, strict=False):
+        decoder.add(row, ids, NEW)
+    later = [(row, ids, NEW) for row, ids in zip(rows[5:], prompts[5:], strict=True)]
+    for row, ids, own in zip(rows, prompts, written(decoder, later), strict=True):
+        assert own == alone(bank, row, ids), row
+
+
 def test_a_small_store_sends_rows_back_and_they_write_the_same(bank):
     rows = ["small", None, "long", "alora", "prompt", "small"]
     prompts = prompts_for(rows, 2)

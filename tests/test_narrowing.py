@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from inlay.bank import narrowing
 from inlay.bank.narrowing import narrow
 from test_laws import bank_of
 
@@ -39,3 +40,10 @@ def test_nothing_is_narrowed_below_a_base_that_is_not():
         narrow(adapter)
         now = [*adapter.parameters()]
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(before[name], now, strict=True))
+
+
+def test_nothing_is_narrowed_beyond_half_precision(monkeypatch):
+    bank = bank_of("llama", torch.bfloat16)
+    monkeypatch.setattr(narrowing, "_dtype", lambda site: torch.float8_e4m3fn)
+    narrow(bank.adapters["small"])
+    assert {value.dtype for value in bank.adapters["small"].parameters()} == {torch.float32}

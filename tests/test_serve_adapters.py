@@ -310,7 +310,8 @@ def test_the_watcher_runs_by_itself(folder, tokens):
 
 def test_an_adapter_with_a_head_writes_no_text(folder, tokens):
     notes = json.loads((folder / "two" / "inlay.json").read_text())
-    (folder / "two" / "inlay.json").write_text(json.dumps(notes | {"template": {"kind": "label", "task": "classify"}}))
+    template = {"kind": "label", "task": "classify", "verbalizer": {"a": ["a"], "b": ["b"]}}
+    (folder / "two" / "inlay.json").write_text(json.dumps(notes | {"template": template}))
     with serving(folder) as engine:
         error = answer(engine, "two")
         assert isinstance(error, UsageError) and "writes no text" in str(error)

@@ -9,6 +9,7 @@ import shutil
 import httpx
 import pytest
 import torch
+import transformers as tf
 from typer.testing import CliRunner
 
 import inlay
@@ -17,7 +18,9 @@ from inlay.bases.heads import Head
 from inlay.bases.load import load_base
 from inlay.cli.app import app
 from inlay.errors import UsageError
+from inlay.methods.head import ModulesToSave
 from inlay.serve.adapters import AdapterStore
+from inlay.serve.heads import check_brings
 from serving import serving
 from test_tasks import encoder_folder  # noqa: F401
 from zoo import make
@@ -118,7 +121,8 @@ def test_a_base_with_a_head_holds_no_weights_twice(runs, base_folder):
     base = load_base(str(base_folder), "float32")
     classify, tag = Head("classify", ("a", "b", "c")), Head("tag", ("a", "b"))
     for head, fresh in ((classify, ["score.weight"]), (tag, ["score.weight", "score.bias"])):
-        made = with_head(base.model, base.tokenizer, head)
+        made, empty = with_head(base.model, base.tokenizer, head)
+        assert empty == ["score"]
         own = {p.data_ptr() for p in base.model.parameters()}
         assert [name for name, p in made.named_parameters() if p.data_ptr() not in own] == fresh
         assert made.score.weight.shape[0] == len(head.labels) and made.config.num_labels == len(head.labels)
@@ -128,7 +132,7 @@ def test_a_base_with_a_head_holds_no_weights_twice(runs, base_folder):
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "qwen3_moe", "jamba", "bert", "roberta"])
 def test_a_base_with_a_head_gives_the_same_states(name):
     model = make(name)
-    made = with_head(model, None, Head("classify", ("a", "b", "c")))
+    made, _ = with_head(model, None, Head("classify", ("a", "b", "c")))
     ids = torch.arange(6, 14)[None]
     with torch.no_grad():
         states = [one.base_model(input_ids=ids)[0] for one in (model, made)]
@@ -179,6 +183,74 @@ def test_a_base_that_writes_no_text_serves_heads(encoding, encoder_folder, tmp_p
                        ("completions", {"prompt": "a", "echo": True})):  # fmt: skip
         refused = asked(made, base, path, **body)
         assert refused.status_code == 400 and "writes no text" in refused.json()["error"]["message"]
+
+
+def test_a_pooler_that_the_files_hold_is_read(encoder_folder, runs, tmp_path):  # noqa: F811
+    """As many bases on the hub have one that their class leaves out."""
+    shutil.copytree(encoder_folder, tmp_path / "base")
+    torch.manual_seed(0)
+    model = tf.BertForPreTraining(tf.BertConfig.from_pretrained(encoder_folder))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.ndim > 1 else 1)
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    given = ["--data", runs.parent / "rows.csv", "--base", tmp_path / "base", "--dtype", "float32", "--steps", 8]
+    command("train", *given, "--lr", 0.01, "--out", tmp_path / "runs" / "head", *RUNS["head"])
+    with serving(tmp_path / "base", tmp_path / "runs") as made:
+        found = asked(made, "head", input=TEXTS).json()["data"]
+    for one, row in zip(found, predicted(tmp_path / "runs", "head", tmp_path / "base", tmp_path), strict=True):
+        own = one["probabilities"]
+        assert list(own.values()) == pytest.approx([row[f"probability of {label}"] for label in own], abs=1e-4)
+
+
+def test_a_pooler_that_nobody_has_is_no_guess(encoder_folder, runs, tmp_path):  # noqa: F811
+    base = load_base(str(encoder_folder), "float32")
+    made, empty = with_head(base.model, base.tokenizer, Head("classify", ("0", "1")), base.folder)
+    assert empty == ["bert.pooler.dense", "classifier"]
+    bank = inlay.attach(made)
+    bank.add("bare", [inlay.LoRA(r=2), ModulesToSave(["classifier"])])
+    bank.add("whole", [inlay.LoRA(r=2), ModulesToSave(["classifier", "pooler.dense"])])
+    check_brings(bank, "whole", empty)
+    with pytest.raises(UsageError, match=r"'bare' has no bert\.pooler\.dense of its own"):
+        check_brings(bank, "bare", empty)
+
+
+def test_what_is_loaded_answers_as_what_it_is(base_folder, runs, tmp_path):
+    """Whatever the folder holds meanwhile: labels in another order, another task, files that do not load."""
+    for name in ("head", "verbalizer"):
+        shutil.copytree(runs / name / "adapter", tmp_path / name)
+    with serving(base_folder, tmp_path) as made:
+        first = {name: asked(made, name, input=TEXTS).json()["data"] for name in ("head", "verbalizer")}
+        for name, task in (("head", "generate"), ("verbalizer", "classify")):
+            notes = json.loads((tmp_path / name / "inlay.json").read_text())
+            notes["template"]["verbalizer"] = dict(reversed(notes["template"]["verbalizer"].items()))
+            notes["template"]["task"] = task
+            next((tmp_path / name).glob("*.safetensors")).write_bytes(b"cut off")
+            (tmp_path / name / "inlay.json").write_text(json.dumps(notes))
+            assert asked(made, name, input=TEXTS).json()["data"] == first[name]
+        assert asked(made, "verbalizer", "completions", prompt="a", max_tokens=2).status_code == 200
+        refused = asked(made, "head", "completions", prompt="a", max_tokens=2)
+        assert refused.status_code == 400 and "writes no text" in refused.text
+
+
+def test_an_adapter_without_a_head_is_refused_where_the_base_writes_no_text(encoding, encoder_folder):  # noqa: F811
+    made, folder = encoding
+    bank = inlay.attach(load_base(str(encoder_folder), "float32").model)
+    bank.add("lora", inlay.LoRA(r=2))
+    bank.save("lora", folder / "lora")
+    loaded = httpx.post(f"{made.url}/v1/load_lora_adapter", json={"lora_name": "lora", "lora_path": "lora"}, timeout=30)
+    assert loaded.status_code == 400 and "notes no head" in loaded.text and "writes no text" in loaded.text
+
+
+def test_the_reason_why_no_head_is_made_is_told(runs, base_folder):
+    base = load_base(str(base_folder), "float32")
+    base.model.hf_quantizer = object()
+    opens = lambda head: with_head(base.model, base.tokenizer, head)  # noqa: E731
+    store = AdapterStore(inlay.attach(base.model), [runs], opens=opens)
+    with pytest.raises(UsageError, match="is quantized, and takes no head"):
+        store.opened("head")
 
 
 def test_a_head_of_another_librarys_adapter_is_named_too(running):

@@ -10,6 +10,7 @@ from .adapter import Adapter
 
 __all__ = ["narrow"]
 
+HALF, WIDE = (torch.float16, torch.bfloat16), (torch.float32, torch.float64)
 KINDS = ("linear", "sublayer")
 """Sites that read their own parameters in the dtype of what they change, and nothing else does."""
 
@@ -25,7 +26,7 @@ def narrow(adapter: Adapter) -> None:
                 continue
             dtype = _dtype(site)
             for name, value in own.items():
-                if name not in part.method.exact and dtype.is_floating_point and dtype.itemsize < value.element_size():
+                if dtype in HALF and value.dtype in WIDE and name not in part.method.exact:
                     value.data = value.data.to(dtype)
 
 

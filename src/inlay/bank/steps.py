@@ -132,13 +132,15 @@ def _linear(
 def _layers(
     plan: SitePlan, scope: Scope, dtype: torch.dtype, same_input: Sequence[str], adapters: Mapping[str, Adapter]
 ) -> dict[str, Forms]:
-    """The forms of a site, and of those that read the same x."""
-    path, layers = scope.site.path, dict[str, Forms]()
+    """The forms of a site, and of those that read the same x, where the products of each share are the same adapter's
+    at all: tables hold them by adapter."""
+    path, found, owners = scope.site.path, dict[str, Forms](), dict[str, dict[int, Adapter]]()
     for other in dict.fromkeys((*same_input, path)):
         own = plan if other == path else plan_at(other, scope.route, scope.layout.blends, adapters)
         if own is not None and (other == path or not (own.scaled or plan.scaled)):
-            layers[other] = {n: act.part.form(other, dtype, scope.cache) for n, act in own.forms}
-    return layers
+            forms = found[other] = {n: act.part.form(other, dtype, scope.cache) for n, act in own.forms}
+            owners[other] = {n: act.adapter for n, act in own.forms if forms[n].down is not None}
+    return {other: forms for other, forms in found.items() if owners[other] == owners[path]}
 
 
 def _placed(
@@ -156,7 +158,7 @@ def _placed(
 
     for other in same_input:
         own = plan_at(other, scope.route, scope.layout.blends, adapters)
-        if own is None or own.scaled or plan.scaled or [n for n, _ in own.forms] != [*owners]:
+        if own is None or own.scaled or plan.scaled or {n: act.adapter for n, act in own.forms} != owners:
             return None
         plans[other] = own
     return placed_acts(scope, scope.site.path, dtype, owners, vectors, form)

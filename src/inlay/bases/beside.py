@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from inlay.errors import UsageError
 
+from .folders import stored_tensors
 from .heads import Head, can_write, head_class, set_padding
 
 __all__ = ["check_serves", "with_head"]
@@ -21,9 +24,10 @@ def check_serves(model: Any) -> None:
         head_class(model.config.to_dict(), str(model.config._name_or_path), Head("classify"))
 
 
-def with_head(model: Any, tokenizer: Any, head: Head) -> Any:
-    """A model of transformers' class for `head`, in evaluation mode, over the weights of `model`. Its head, and a
-    pooler that `model` lacks, are zeros: adapters have their own.
+def with_head(model: Any, tokenizer: Any, head: Head, folder: Path | None = None) -> tuple[Any, list[str]]:
+    """A model of transformers' class for `head`, in evaluation mode, over the weights of `model`. What it has more, as
+    the head and for some a pooler, comes from the base's `folder`; the second value names the modules that are not
+    there either: they are zeros, and adapters have their own.
 
     Raises: UsageError where the base takes no such head, or its weights are quantized.
     """
@@ -37,11 +41,17 @@ def with_head(model: Any, tokenizer: Any, head: Head) -> Any:
     with torch.device("meta"):
         made = kind(config)
     _share(made.base_model, model.base_model)
-    like = next(model.parameters())
-    for module in made.modules():
-        _fill(module, like)
+    stored = {} if folder is None else stored_tensors(folder, _keys(made))
+    empty = [path for path, module in made.named_modules() if _fill(path, module, model, stored)]
     set_padding(made, tokenizer)
-    return made.eval().requires_grad_(False)
+    return made.eval().requires_grad_(False), empty
+
+
+def _keys(made: Any) -> dict[str, tuple[str, ...]]:
+    """Of the parameters that have no memory yet, the names that files may have for them."""
+    body = f"{made.base_model_prefix}."
+    lacking = [name for name, value in made.named_parameters() if value.is_meta]
+    return {name: (name, name.removeprefix(body), body + name) for name in lacking}
 
 
 def _share(into: nn.Module, source: nn.Module) -> None:
@@ -55,13 +65,18 @@ def _share(into: nn.Module, source: nn.Module) -> None:
                 into_here.update({name: there[name] for name in into_here if name in there})
 
 
-def _fill(module: nn.Module, like: torch.Tensor) -> None:
-    """Put zeros in the place of tensors that have no memory yet."""
+def _fill(path: str, module: nn.Module, model: Any, stored: Mapping[str, torch.Tensor]) -> bool:
+    """Give a module's parameters without memory what is `stored`, or zeros; returns whether there were such zeros."""
+    like, empty = next(model.parameters()), False
     for name, value in module._parameters.items():
-        if value is not None and value.is_meta:
-            module._parameters[name] = nn.Parameter(torch.zeros_like(value, dtype=like.dtype, device=like.device))
+        if value is None or not value.is_meta:
+            continue
+        known = stored.get(f"{path}.{name}".lstrip("."))
+        empty |= known is None or known.shape != value.shape
+        known = torch.zeros(value.shape) if known is None or known.shape != value.shape else known
+        module._parameters[name] = nn.Parameter(known.to(like.device, like.dtype))
     for name, value in module._buffers.items():
         if value is not None and value.is_meta:
-            raise UsageError(
-                f"{type(module).__name__} keeps a {name} that the base lacks", "Ask it with `inlay predict`."
-            )
+            what = f"{type(module).__name__} keeps a {name} that the base lacks"
+            raise UsageError(what, "Ask it with `inlay predict`.")
+    return empty

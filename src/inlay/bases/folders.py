@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inlay.errors import FormatError, InlayError, UsageError
 
-__all__ = ["check_quantization", "checked_config", "has_tokenizer", "model_class", "weights_stored"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "check_quantization",
+    "checked_config",
+    "has_tokenizer",
+    "model_class",
+    "stored_tensors",
+    "weights_stored",
+]
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -63,6 +74,21 @@ def weights_stored(folder: Path) -> tuple[int, str | None]:
                 counts[part.get_dtype()] += math.prod(part.get_shape())
     most = max(counts, key=counts.__getitem__, default="")
     return counts.total(), FLOATS.get(most)
+
+
+def stored_tensors(folder: Path, names: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor]:
+    """By each of the `names` the tensor that the weights in `folder` hold under the first of its keys that is there."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in _weight_files(folder) if names else ():
+        with safe_open(folder / file, framework="pt") as opened:
+            there = set(opened.keys())
+            for name, keys in names.items():
+                key = next((key for key in keys if key in there), None)
+                if key is not None and name not in found:
+                    found[name] = opened.get_tensor(key).clone()
+    return found
 
 
 def check_quantization(config: dict[str, Any], folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.errors import DataError, FormatError, InlayError, UsageError
-from inlay.formats.notes import NOTES, read_notes
+from inlay.formats.notes import NOTES, Notes, read_notes
 
 from .choose import Columns, check_columns, check_names, choose_template
 from .fields import names_in, parsed
@@ -18,7 +18,7 @@ from .rows import Row
 from .table import Table
 from .template import Template
 
-__all__ = ["Prompting", "adapted_template", "prompt_row", "prompting_for", "prompting_of"]
+__all__ = ["Prompting", "adapted_template", "joined", "noted", "prompt_row", "prompting_for", "prompting_of"]
 
 Verbalizer = Mapping[str, Sequence[str]] | None
 
@@ -48,7 +48,12 @@ def prompting_of(folders: Sequence[str | Path]) -> Prompting | None:
 
     Raises: UsageError where templates or places differ; FormatError where an adapter's note is broken.
     """
-    found = [one for one in map(_noted, folders) if one is not None]
+    return joined([noted(read_notes(folder), folder) for folder in folders])
+
+
+def joined(promptings: Sequence[Prompting | None]) -> Prompting | None:
+    """The prompting of several adapters at once, as in `prompting_of`. Raises: UsageError."""
+    found = [one for one in promptings if one is not None]
     if not found:
         return None
     if any(one.template != found[0].template for one in found):
@@ -112,9 +117,9 @@ def adapted_template(
     return renamed if verbalizer is None else _with_verbalizer(renamed, verbalizer)
 
 
-def _noted(folder: str | Path) -> Prompting | None:
-    """The prompting in the folder's inlay.json; None where it names no template."""
-    notes, path = read_notes(folder), Path(folder) / NOTES
+def noted(notes: Notes, folder: str | Path) -> Prompting | None:
+    """The prompting in the notes of a folder's adapter; None where they name no template. Raises: FormatError."""
+    path = Path(folder) / NOTES
     if not notes.template:
         return None
     if notes.virtual_tokens_at not in PLACES:
@@ -124,7 +129,7 @@ def _noted(folder: str | Path) -> Prompting | None:
     except (InlayError, TypeError) as error:
         why = error.what if isinstance(error, InlayError) else str(error)
         raise FormatError(f"{path}: {why}", "Save the adapter again, or remove the file.") from None
-    if template.kind == "label" and not template.verbalizer:
+    if template.kind in ("label", "tags") and not template.verbalizer:
         raise FormatError(f"{path}: the template names no labels", "Save the adapter again.")
     return Prompting(template, notes.max_length, notes.virtual_tokens_at)
 

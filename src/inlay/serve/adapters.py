@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inlay.bank.bank import Bank
+from inlay.bases.heads import can_write
 from inlay.batch.route import RowSpec, normalise
 from inlay.errors import InlayError, UsageError
 
-from .entries import AdapterInfo, Anything, Claim, Entry, head_task, info_of, plain_names
+from .entries import AdapterInfo, Anything, Claim, Entry, head_in_files, info_of, plain_names, task_now
 from .folders import Folders, Signature, signature_of
 from .heads import Homes, Opens, head_missing
 from .refusals import Forbidden, NotSettled, UnknownAdapter
@@ -73,8 +74,7 @@ class AdapterStore:
 
     def resolve(self, name: str) -> str:
         """The name, in the bank that writes text, of an adapter that does. As `opened`."""
-        entry = self._entry(name)
-        _check_writes(entry)
+        _check_writes(self._entry(name))
         return self.opened(name).name
 
     def opened(self, name: str) -> Loaded:
@@ -233,15 +233,17 @@ class AdapterStore:
 
     def _load(self, entry: Entry, settle: float = 0.0) -> None:
         signature, home = signature_of(entry.path), None
+        writing = self._homes.writing
         try:
             home = self._homes.of(entry)
-            writes = home is self._homes.writing and head_task(entry) is None
-            loaded, content = home.load(entry.name, entry.path, settle, writes)
+            if home is writing and not can_write(writing.bank.model):
+                raise InlayError("the base that is served writes no text")
+            tried = home is not writing or head_in_files(entry) is None
+            loaded, content = home.load(entry.name, entry.path, settle, tried)
         except NotSettled:
             raise
         except Exception as error:
-            here = home in (None, self._homes.writing)
-            known = head_missing(entry, self._homes.writing.bank.model) if here else None
+            known = head_missing(entry, writing.bank.model) if home is writing else None
             known = known or (error if isinstance(error, InlayError) else _unforeseen(entry.name, error))
             entry.why = plain_names(known)
             entry.error, entry.refused = str(entry.why), signature
@@ -269,7 +271,7 @@ class AdapterStore:
 
 
 def _check_writes(entry: Entry) -> None:
-    if task := head_task(entry):
+    if task := task_now(entry):
         raise UsageError(
             f"adapter {entry.name!r} was trained to {task} with a head, and writes no text", "Use /v1/classify."
         )

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from inlay.bases.heads import Head
 from inlay.batch.route import RowSpec
+from inlay.data.prompting import noted
 from inlay.errors import InlayError
 from inlay.formats.notes import Notes, read_notes
+from inlay.runs.tasking import head_of
 
 from .folders import Signature, said_method, signature_of
 from .versions import Loaded
@@ -20,11 +22,12 @@ __all__ = [
     "Anything",
     "Claim",
     "Entry",
-    "head_of",
-    "head_task",
+    "head_in_files",
     "info_of",
     "plain_names",
     "renamed",
+    "task_in_files",
+    "task_now",
 ]
 
 
@@ -33,8 +36,9 @@ class AdapterInfo:
     """What is known of an adapter; all but the last time of its use without opening its weights.
 
     `rank` is its rank, or how many virtual tokens it has. `version` counts the contents that were loaded under the
-    name, `bytes` are those of its parameters while it is `loaded`, else those of its files. `notes` hold the template
-    and the base that it was trained on. `last_used` is in seconds since 1970. `error` says why it does not load.
+    name, `bytes` are those of its parameters while it is `loaded`, else those of its files, and `notes` those that
+    came with them: the template, and the base that it was trained on. `last_used` is in seconds since 1970. `error`
+    says why it does not load.
     """
 
     name: str
@@ -95,16 +99,33 @@ class Anything(Mapping[str, object]):
         return True
 
 
-def head_task(entry: Entry) -> str | None:
-    """What the head of an adapter was trained to do; None where it writes text."""
-    task = (_said(entry)[1].template or {}).get("task", "generate")
+def task_now(entry: Entry) -> str | None:
+    """What the head of an adapter was trained to do, of the version that is loaded or else of its files; None where it
+    writes text."""
+    return _task(_now(entry))
+
+
+def task_in_files(entry: Entry) -> str | None:
+    """The same of an adapter's files, whatever is loaded."""
+    return _task(_said(entry)[1])
+
+
+def head_in_files(entry: Entry) -> Head | None:
+    """The head that an adapter's files say it was trained with; None where it writes text, or they say nothing.
+
+    Raises: InlayError where its notes are broken.
+    """
+    found = noted(read_notes(entry.path), entry.path)
+    return None if found is None else head_of(found.template)
+
+
+def _task(notes: Notes) -> str | None:
+    task = (notes.template or {}).get("task", "generate")
     return None if task == "generate" else str(task)
 
 
-def head_of(entry: Entry) -> Head | None:
-    """The head that an adapter was trained with, where its notes tell; None where it writes text."""
-    task = head_task(entry)
-    return None if task is None else Head(task, tuple((_said(entry)[1].template or {}).get("verbalizer") or ()))
+def _now(entry: Entry) -> Notes:
+    return entry.loaded.notes if entry.loaded is not None else _said(entry)[1]
 
 
 def _said(entry: Entry) -> tuple[tuple[str, int | None], Notes]:
@@ -120,8 +141,8 @@ def _said(entry: Entry) -> tuple[tuple[str, int | None], Notes]:
 
 
 def info_of(entry: Entry) -> AdapterInfo:
-    (method, rank), notes = _said(entry)
-    loaded = entry.loaded
+    (method, rank), _ = _said(entry)
+    loaded, notes = entry.loaded, _now(entry)
     size = loaded.bytes if loaded else sum(size for _, size, _, _ in entry.said[0]) if entry.said else 0
     return AdapterInfo(
         entry.name, entry.path, loaded.method if loaded else method, rank, loaded is not None, entry.version, size,

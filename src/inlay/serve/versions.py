@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from inlay.bank.adapter import Adapter
 from inlay.bank.bank import Bank
 from inlay.bank.narrowing import narrow
 from inlay.errors import UsageError
+from inlay.formats.notes import Notes, read_notes
 
 from .folders import Folders, Signature, digest_of, newest, signature_of
 from .refusals import NotSettled
@@ -28,13 +28,14 @@ log = logging.getLogger("inlay.serve")
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """One version: its bank, its name there, the bytes of its parameters, its method, and the files that it was read
-    from."""
+    """One version: its bank, its name there, the bytes of its parameters, its method, its notes, and the files that it
+    was read from."""
 
     bank: Bank
     name: str
     bytes: int
     method: str
+    notes: Notes
     signature: Signature
 
 
@@ -42,11 +43,10 @@ class Versions:
     """All methods are for the thread that owns the bank; `bytes` is what the adapters there take. `verify` raises where
     an adapter of the bank cannot answer; `on_drop` is called when adapters have left the bank."""
 
-    def __init__(self, bank: Bank, folders: Folders) -> None:
-        self.bank, self.folders, self.bytes = bank, folders, 0
+    def __init__(self, bank: Bank, folders: Folders, numbers: Iterator[int]) -> None:
+        self.bank, self.folders, self.bytes, self._numbers = bank, folders, 0, numbers
         self.verify: Callable[[str], None] = lambda name: None
         self.on_drop: Callable[[], None] = lambda: None
-        self._numbers = count(1)
         self._left: list[Loaded] = []
         self._inner: set[str] = set()  # adapters that came with another, a fusion's for one
         self._verified: set[bytes] = set()
@@ -55,10 +55,10 @@ class Versions:
         """Whether no row in flight uses a version."""
         return not self.bank.rows_in_flight(loaded.name)
 
-    def load(self, name: str, folder: Path, settle: float, writes: bool) -> tuple[Loaded, bytes]:
-        """A new version, and what names its content; nothing is in the bank where it fails. The first of its kind that
-        `writes` text is tried: whether a forward works depends on the methods and their places, and values that
-        overflow end their own rows alone.
+    def load(self, name: str, folder: Path, settle: float, tried: bool) -> tuple[Loaded, bytes]:
+        """A new version, and what names its content; nothing is in the bank where it fails. The first of its kind is
+        `tried`: whether a forward works depends on the methods and their places, and values that overflow end their own
+        rows alone.
 
         Raises: NotSettled where files change meanwhile, or have changed less than `settle` seconds ago; Forbidden;
         InlayError.
@@ -70,14 +70,14 @@ class Versions:
         own, before = f"{name}@{next(self._numbers)}", set(self.bank.adapters)
         content = digest_of(folder) if signature else b""
         try:
-            adapter = self.bank.load(own, folder)
+            notes, adapter = read_notes(folder), self.bank.load(own, folder)
             self._copy([name for name in self.bank.adapters if name not in before])
             inner = tuple(other for other in self.bank.adapters if other not in before and other != own)
             for other in inner:
                 self.folders.check(Path(other))
             if signature_of(folder) != signature:
                 raise NotSettled(folder)
-            if writes and (kind := _kind(adapter)) not in self._verified:
+            if tried and (kind := _kind(adapter)) not in self._verified:
                 self.verify(own)
                 self._verified.add(kind)
         except BaseException:
@@ -86,7 +86,7 @@ class Versions:
         self._inner.update(inner)
         size = _bytes([adapter, *(self.bank.adapters[name] for name in inner)])
         self.bytes += size
-        return Loaded(self.bank, own, size, _title(adapter), signature), content
+        return Loaded(self.bank, own, size, _title(adapter), notes, signature), content
 
     def _copy(self, names: Sequence[str]) -> None:
         """Give adapters that were just read memory of their own: safetensors maps a file, and who writes into it would

@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import PlainTextResponse
 
-from inlay.data.prompting import Prompting
 from inlay.evaluation.predict import Prediction
 from inlay.serve.entries import AdapterInfo
 from inlay.serve.experiments.store import Measured
@@ -17,13 +16,15 @@ from inlay.serve.experiments.store import Measured
 from .answers import Head
 from .guard import key_of, user_of
 from .keys import Key
-from .names import Named
 from .problems import Json, Problem, problem_of
 from .reading import TEXTS, labels_of
 from .service import Service
 from .wire import Classify, Load, Unload
 
 __all__ = ["AdapterRoutes"]
+
+
+UNKNOWN = "the adapter's folder says nothing of labels: it was not trained here. Ask for a completion."
 
 
 class AdapterRoutes:
@@ -90,16 +91,14 @@ class AdapterRoutes:
         if not 0 < len(texts) <= service.limits.max_answers:
             said = f"{len(texts)} texts are asked for. Give 1 to {service.limits.max_answers}."
             raise Problem(400, said, param="input")
-        folders = service.names.folders(named)
-        prompting = await service.encode(lambda: service.prompts.prompting(folders))
-        if prompting is None:
-            said = "the adapter's folder says nothing of labels: it was not trained here. Ask for a completion."
-            raise Problem(400, said, param="model")
+        infos = service.names.infos(named)
+        if await service.encode(lambda: service.prompts.prompting(infos)) is None:
+            raise Problem(400, UNKNOWN, param="model")
         head = Head("classify", named.title)
         await service.began(named, key, head)
         outcome, began = "failed", time.monotonic()
         try:
-            found = await self._labels(named, texts, prompting)
+            found = await self._labels(named.adapters[0], texts)
             outcome = "done"
         except asyncio.CancelledError:
             outcome = "left"
@@ -107,20 +106,24 @@ class AdapterRoutes:
         finally:
             service.ended(named, Measured(outcome, first=time.monotonic() - began))
         service.tallies.classified(named, len(texts))
-        task = prompting.template.task
-        data = [_labelled(number, one, task) for number, one in enumerate(found)]
+        data = [_labelled(number, *one) for number, one in enumerate(found)]
         made = {"id": head.id, "object": "list", "model": named.title, "data": data}
         made |= {} if head.arm is None else {"system_fingerprint": head.arm}
         return Json(made, headers=head.headers())
 
-    async def _labels(self, named: Named, texts: list[Any], prompting: Prompting) -> list[Prediction]:
-        service, found = self.service, list[Prediction]()
+    async def _labels(self, name: str, texts: list[Any]) -> list[tuple[str, Prediction]]:
+        """The task and what came of it, for each text. A version answers as what it is, whatever its folder holds."""
+        service, found = self.service, list[tuple[str, Prediction]]()
         for start in range(0, len(texts), TEXTS):
             some = texts[start : start + TEXTS]
 
-            def read(bank: Any, some: list[Any] = some) -> list[Prediction]:
-                own = service.adapters.opened(named.adapters[0])
-                return labels_of(own.bank, own.name, some, prompting, service.rows)
+            def read(bank: Any, some: list[Any] = some) -> list[tuple[str, Prediction]]:
+                own = service.adapters.opened(name)
+                prompting = service.rows.noted(own.notes, service.adapters.info(name).path)
+                if prompting is None:
+                    raise Problem(400, UNKNOWN, param="model")
+                said = labels_of(own.bank, own.name, some, prompting, service.rows)
+                return [(prompting.template.task, one) for one in said]
 
             found += await service.call(read)
         return found
@@ -152,7 +155,7 @@ def _said(info: AdapterInfo, key: Key) -> dict[str, Any]:
     return made | ({"path": str(info.path)} if key.admin else {})
 
 
-def _labelled(number: int, found: Prediction, task: str) -> dict[str, Any]:
+def _labelled(number: int, task: str, found: Prediction) -> dict[str, Any]:
     made: dict[str, Any] = {"index": number}
     if task == "regress":
         made["value"] = float(found.answer) if found.answer else None

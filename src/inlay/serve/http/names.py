@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inlay.batch.route import RowSpec
@@ -120,13 +119,13 @@ class Names:
         except UnknownAdapter:
             return None
 
-    def folders(self, named: Named) -> list[Path]:
-        """The folders of a model's adapters. Raises: Problem where one has gone meanwhile."""
+    def infos(self, named: Named) -> list[AdapterInfo]:
+        """What is known of a model's adapters. Raises: Problem where one has gone meanwhile."""
         found = [(name, self.info(name)) for name in named.adapters]
         for name, info in found:
             if info is None:
                 raise self.unknown(name)
-        return [info.path for _, info in found if info is not None]
+        return [info for _, info in found if info is not None]
 
     def unknown(self, name: str) -> Problem:
         said = f"the model {name[:100]!r} does not exist, or the key may not use it. GET /v1/models lists those it may"

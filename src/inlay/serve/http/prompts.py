@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 from inlay.data.encode import Encoder
 from inlay.data.messages import Talk
-from inlay.data.prompting import Prompting, prompt_row, prompting_of
+from inlay.data.prompting import Prompting, joined, noted, prompt_row
 from inlay.data.targets import encoder_of
 from inlay.data.template import Template
 from inlay.data.words import Words
 from inlay.errors import DataError, UsageError
-from inlay.formats.notes import NOTES
+from inlay.formats.notes import Notes
+from inlay.serve.entries import AdapterInfo
 
 from .limits import Limits
 from .problems import Problem
@@ -58,10 +59,10 @@ class Prompts:
         self._noted: OrderedDict[Path, tuple[Any, Prompting | None]] = OrderedDict()
         self._lock = threading.RLock()
 
-    def raw(self, given: str | list[int], folders: Sequence[Path], special: bool = True) -> Prompt:
+    def raw(self, given: str | list[int], infos: Sequence[AdapterInfo], special: bool = True) -> Prompt:
         """A prompt as it is: text (control tokens in it count), or ids. Raises: Problem."""
         with self._lock:
-            found = self.prompting(folders)
+            found = self.prompting(infos)
             self._check_writes(found)
             if self._words is None:
                 self._words = Words(self.tokenizer)
@@ -73,13 +74,13 @@ class Prompts:
             self._check(ids)
             return Prompt(ids, _place(found, ids, words), given if isinstance(given, str) else None)
 
-    def chat(self, turns: Sequence[dict[str, Any]], folders: Sequence[Path]) -> Prompt:
+    def chat(self, turns: Sequence[dict[str, Any]], infos: Sequence[AdapterInfo]) -> Prompt:
         """A conversation in the template that the adapters were trained with, else in the base's own.
 
         Raises: Problem where it has no place in the template.
         """
         with self._lock:
-            found = self.prompting(folders)
+            found = self.prompting(infos)
             self._check_writes(found)
             prompting = Prompting(CHAT) if found is None else found
             template = prompting.template
@@ -94,15 +95,18 @@ class Prompts:
             self._check(ids)
             return Prompt(list(ids), place)
 
-    def prompting(self, folders: Sequence[Path]) -> Prompting | None:
-        """What the adapters in `folders` were trained with; None where none says. Raises: InlayError."""
-        if len(folders) != 1:
-            return prompting_of(folders)
-        folder = folders[0]
-        stamp = _stamp(folder / NOTES)
+    def prompting(self, infos: Sequence[AdapterInfo]) -> Prompting | None:
+        """What adapters, as they are loaded or else lie in their folders, were trained with; None where none says.
+
+        Raises: InlayError.
+        """
+        return joined([self.noted(info.notes, info.path) for info in infos])
+
+    def noted(self, notes: Notes, folder: Path) -> Prompting | None:
+        """What the notes of one adapter say, read once. Raises: FormatError."""
         known = self._noted.get(folder)
-        if known is None or known[0] != stamp:
-            _keep(self._noted, folder, (stamp, prompting_of([folder])), NOTED)
+        if known is None or known[0] is not notes:
+            _keep(self._noted, folder, (notes, noted(notes, folder)), NOTED)
         return self._noted[folder][1]
 
     def encoder(self, prompting: Prompting, limit: int | None = None) -> Encoder:
@@ -176,14 +180,6 @@ def _place(found: Prompting | None, ids: Sequence[int], words: Words) -> int:
     if at == "before-answer":
         return len(ids)
     return int(at == "after-system" and ids[0] in (words.bos, words.cls))
-
-
-def _stamp(file: Path) -> Any:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _keep(store: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:

@@ -121,7 +121,7 @@ def open_service(settings: ServeSettings) -> Any:
     memory = None if settings.adapter_memory is None else int(size_mb(settings.adapter_memory) * 2**20)
     store = int(size_mb(settings.store) * 2**20)
     adapters = AdapterStore(
-        bank, paths, memory=memory, opens=lambda head: with_head(base.model, base.tokenizer, head)
+        bank, paths, memory=memory, opens=lambda head: with_head(base.model, base.tokenizer, head, base.folder)
     )  # fmt: skip
     engine = Engine(bank, base.tokenizer, adapters, store=store, most=settings.rows, waiting=settings.queue)
     model: Any = base.model

@@ -38,9 +38,9 @@ class WritingRoutes:
         body.check()
         named = service.names.read(body.model, key, user_of(request, body))
         service.check_count(len(given), _count(body))
-        folders = service.names.folders(named)
+        infos = service.names.infos(named)
         prompts = await service.encode(
-            lambda: [service.prompts.raw(one, folders, body.add_special_tokens) for one in given]
+            lambda: [service.prompts.raw(one, infos, body.add_special_tokens) for one in given]
         )
         asked = SHORT if body.max_tokens is None else body.max_tokens
         tokens = [service.prompts.answer_tokens(asked, prompt) for prompt in prompts]
@@ -61,8 +61,8 @@ class WritingRoutes:
         body.check()
         named = service.names.read(body.model, key, user_of(request, body))
         service.check_count(1, _count(body))
-        folders, turns = service.names.folders(named), body.turns()
-        prompt = await service.encode(lambda: service.prompts.chat(turns, folders))
+        infos, turns = service.names.infos(named), body.turns()
+        prompt = await service.encode(lambda: service.prompts.chat(turns, infos))
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         tokens = service.prompts.answer_tokens(most, prompt)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
