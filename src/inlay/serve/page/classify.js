@@ -52,7 +52,7 @@ function table(found, text, count) {
   const title = count > 1 ? said.slice(0, TITLE) + (said.length > TITLE ? " …" : "") : "Probability of each label";
   if (found.problem) return el("p", { class: "bad", text: (count > 1 ? title + ": " : "") + found.problem });
   if (!found.probabilities) {
-    const words = found.tags ? found.tags.join(" ") : String(found.value);
+    const words = found.tags ? found.tags.join(" ") : String(Number(found.value.toPrecision(6)));
     return el("p", { text: (count > 1 ? title + ": " : "") + words });
   }
   const best = Object.entries(found.probabilities).sort((a, b) => b[1] - a[1]);
