@@ -60,6 +60,16 @@ def written(decoder, later=()):
     return [row.written for row in rows]
 
 
+def check_as_they_come(bank, rows, prompts, chunk, first):
+    """The `first` rows begin together and others join them one a step: each writes what it does alone."""
+    decoder = Decoder(bank, 2**24, chunk)
+    asked = [(row, ids, NEW) for row, ids in zip(rows, prompts, strict=True)]
+    for own in asked[:first]:
+        decoder.add(*own)
+    for row, ids, own in zip(rows, prompts, written(decoder, asked[first:]), strict=True):
+        assert own == alone(bank, row, ids), row
+
+
 def everyone(bank):
     names = list(bank.adapters)
     mixed = [["small", "dora"], {"small": 0.5, "ia3": 2.0}]
@@ -70,11 +80,7 @@ def everyone(bank):
 def test_mixed_rows_write_what_each_writes_alone(bank, chunk):
     rows = everyone(bank)
     prompts = prompts_for(rows)
-    decoder = Decoder(bank, 2**24, chunk)
-    for row, ids in zip(rows, prompts, strict=True):
-        decoder.add(row, ids, NEW)
-    for row, ids, own in zip(rows, prompts, written(decoder), strict=True):
-        assert own == alone(bank, row, ids), row
+    check_as_they_come(bank, rows, prompts, chunk, first=len(rows))
 
 
 def greedy(bank, requests, **settings):
@@ -120,13 +126,7 @@ def test_rows_of_low_rank_adapters_come_and_go(monkeypatch):
 
     monkeypatch.setattr(steps, "placed_acts", noted)
     rows = [*kinds, None, *reversed(kinds), "r4", "r8", "r4", "r16", "r3"]
-    prompts = prompts_for(rows, 3)
-    decoder = Decoder(bank, 2**24, 16)
-    for row, ids in zip(rows[:2], prompts, strict=False):
-        decoder.add(row, ids, NEW)
-    later = [(row, ids, NEW) for row, ids in zip(rows[2:], prompts[2:], strict=True)]
-    for row, ids, own in zip(rows, prompts, written(decoder, later), strict=True):
-        assert own == alone(bank, row, ids), row
+    check_as_they_come(bank, rows, prompts_for(rows, 3), chunk=16, first=2)
     assert sum(found is not None for found in answered) > 20
 
 
@@ -139,13 +139,7 @@ def test_chains_whose_adapters_act_on_different_layers_share_no_products():
         for parameter in bank.parameters(name):
             parameter.data.copy_(torch.randn_like(parameter) * 0.5)
     rows = [["a", "b"], ["a", "c"], "a", "c"] * 4
-    prompts = prompts_for(rows, 4)
-    decoder = Decoder(bank, 2**24, 64)
-    for row, ids in zip(rows[:5], prompts, strict=False):
-        decoder.add(row, ids, NEW)
-    later = [(row, ids, NEW) for row, ids in zip(rows[5:], prompts[5:], strict=True)]
-    for row, ids, own in zip(rows, prompts, written(decoder, later), strict=True):
-        assert own == alone(bank, row, ids), row
+    check_as_they_come(bank, rows, prompts_for(rows, 4), chunk=64, first=5)
 
 
 def test_a_small_store_sends_rows_back_and_they_write_the_same(bank):

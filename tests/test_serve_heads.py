@@ -51,16 +51,8 @@ def runs(base_folder, tmp_path_factory):
     tagged = [{"tokens": ["a", "good", "film"], "tags": ["O", "B", "O"]} for _ in range(20)]
     (folder / "tags.jsonl").write_text("".join(json.dumps(row | {"id": n}) + "\n" for n, row in enumerate(tagged)))
     for name, more in RUNS.items():
-        given = [
-            "--data",
-            folder / ("tags.jsonl" if name == "tags" else "rows.csv"),
-            "--base",
-            base_folder,
-            "--dtype",
-            "float32",
-            "--steps",
-            2,
-        ]
+        data = folder / ("tags.jsonl" if name == "tags" else "rows.csv")
+        given = ["--data", data, "--base", base_folder, "--dtype", "float32", "--steps", 2]
         command("train", *given, "--out", folder / "runs" / name, *more)
     foreign = folder / "runs" / "foreign"
     shutil.copytree(folder / "runs" / "head" / "adapter", foreign)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.bases.heads import can_write
 from inlay.batch.forward import FORWARD, IN_MODEL, Forward, inside
 from inlay.batch.noise import neftune
 from inlay.batch.packed import PackedLayout
@@ -47,7 +48,7 @@ class Entering:
         check: Callable[[], None],
     ) -> None:
         self.base, self.bank, self._on_training, self._check = base, bank, on_training, check
-        self.last_virtual_predicts = getattr(base.model, "can_generate", bool)()
+        self.last_virtual_predicts = can_write(base.model)
         self._pooling = Pooling(base, backbones)
         self._modules = {backbone.module: frozenset(backbone.module.modules()) for backbone in backbones}
         self._checkpointed = [m for m in base.model.modules() if hasattr(m, "gradient_checkpointing")]

@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 from torch import nn
 
+from inlay.bases.heads import can_write
 from inlay.errors import UsageError
 
 from .adapter import Part
@@ -86,6 +87,6 @@ def peft_task(model: nn.Module, parts: Sequence[Part]) -> str | None:
     task = next((task for end, task in heads.items() if name.endswith(end)), None)
     if task is not None and any(part.method.replaces for part in parts):
         return task
-    if not getattr(model, "can_generate", bool)() or task is not None:
+    if not can_write(model) or task is not None:
         return "FEATURE_EXTRACTION"
     return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"

@@ -72,8 +72,8 @@ def _fill(path: str, module: nn.Module, model: Any, stored: Mapping[str, torch.T
         if value is None or not value.is_meta:
             continue
         known = stored.get(f"{path}.{name}".lstrip("."))
-        empty |= known is None or known.shape != value.shape
-        known = torch.zeros(value.shape) if known is None or known.shape != value.shape else known
+        if known is None or known.shape != value.shape:
+            known, empty = torch.zeros(value.shape), True
         module._parameters[name] = nn.Parameter(known.to(like.device, like.dtype))
     for name, value in module._buffers.items():
         if value is not None and value.is_meta:

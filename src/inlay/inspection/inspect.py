@@ -10,6 +10,7 @@ from typing import Any
 from inlay.bank.adapter import Adapter, Part
 from inlay.bank.bank import Bank
 from inlay.bank.variants import changed_part
+from inlay.bases.heads import can_write
 from inlay.errors import InlayError, UsageError
 from inlay.evaluation.compare import compare
 from inlay.evaluation.rows import RowScores
@@ -159,7 +160,7 @@ def _tokens(bank: Bank, adapter: Adapter, folder: Path, tokenizer: Any, rows: _R
     found.measures["virtual"] = looks
     if rows is not None:
         _attention(bank, adapter.name, rows, found)
-    if tokenizer is not None and getattr(bank.model, "can_generate", bool)():
+    if tokenizer is not None and can_write(bank.model):
         try:
             found.measures["writes_alone"] = written_alone(bank, adapter.name, tokenizer)
         except InlayError as error:

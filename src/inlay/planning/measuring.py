@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from inlay.bases.heads import can_write
 from inlay.data.encode import Example
 from inlay.data.typical import typical_rows
 from inlay.runtime.latency import token_times
@@ -95,7 +96,7 @@ def token_seconds(
     """Seconds until the first token of an answer for so many rows at once, and of each further one, by the adapter
     `name` (the base where it is None); the fastest of some. None where the base gives no text."""
     model: Any = ground.bank.model
-    if ground.task.name != "generate" or not model.can_generate():
+    if ground.task.name != "generate" or not can_write(model):
         return None
     prompt = typical_rows(ground.examples, 1)[0]
     taken = [token_times(ground.bank, name, prompt, NEW, rows, clock) for _ in range(REPEATS + 1)][1:]

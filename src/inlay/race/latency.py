@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from inlay.bases.heads import can_write
 from inlay.data.encode import Example
 from inlay.data.prepare import token_counts
 from inlay.runs.context import Context
@@ -39,7 +40,7 @@ def measured_latency(
     Those that finished come first, and the winner; the others as long as `SHARE` of the race's time lasts, or `LEAST`.
     """
     sound = [own for own in progress if not own.learner.diverged]
-    if context.task is not GENERATE or not getattr(context.bank.model, "can_generate", bool)():
+    if context.task is not GENERATE or not can_write(context.bank.model):
         return _without(context, "this base writes no text here, so that no token of an answer takes time")
     if not sound:
         return _without(context, "all contenders diverged")

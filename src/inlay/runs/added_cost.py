@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from inlay.bank.bank import Bank
+from inlay.bases.heads import can_write
 from inlay.data.encode import Example
 from inlay.data.typical import typical_rows
 from inlay.errors import InlayError
@@ -76,7 +77,7 @@ def _compared(
 ) -> dict[str, Any]:  # fmt: skip
     plain = task.name == "generate"  # a head of the base's own may not be there
     names = [name for name in NAMES if learners[name] is not None or plain]
-    writes = plain and getattr(bank.model, "can_generate", bool)()
+    writes = plain and can_write(bank.model)
     steps: dict[str, list[float]] = {name: [] for name in names}
     answers: dict[str, list[float]] = {name: [] for name in names}
     begun, asked = clock(), _asked(bank, rows, learners)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inlay.bank.bank import Bank
-from inlay.bases.heads import can_write
 from inlay.batch.route import RowSpec, normalise
 from inlay.errors import InlayError, UsageError
 
-from .entries import AdapterInfo, Anything, Claim, Entry, head_in_files, info_of, plain_names, task_now
+from .entries import AdapterInfo, Anything, Claim, Entry, info_of, plain_names, task_now
 from .folders import Folders, Signature, signature_of
 from .heads import Homes, Opens, head_missing
 from .refusals import Forbidden, NotSettled, UnknownAdapter
@@ -232,14 +231,10 @@ class AdapterStore:
                     raise
 
     def _load(self, entry: Entry, settle: float = 0.0) -> None:
-        signature, home = signature_of(entry.path), None
-        writing = self._homes.writing
+        signature, home, writing = signature_of(entry.path), None, self._homes.writing
         try:
             home = self._homes.of(entry)
-            if home is writing and not can_write(writing.bank.model):
-                raise InlayError("the base that is served writes no text")
-            tried = home is not writing or head_in_files(entry) is None
-            loaded, content = home.load(entry.name, entry.path, settle, tried)
+            loaded, content = home.load(entry.name, entry.path, settle)
         except NotSettled:
             raise
         except Exception as error:

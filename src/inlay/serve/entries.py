@@ -125,7 +125,8 @@ def _task(notes: Notes) -> str | None:
 
 
 def _now(entry: Entry) -> Notes:
-    return entry.loaded.notes if entry.loaded is not None else _said(entry)[1]
+    loaded = entry.loaded  # looked at once: the bank's thread may let it go meanwhile
+    return loaded.notes if loaded is not None else _said(entry)[1]
 
 
 def _said(entry: Entry) -> tuple[tuple[str, int | None], Notes]:
@@ -141,8 +142,9 @@ def _said(entry: Entry) -> tuple[tuple[str, int | None], Notes]:
 
 
 def info_of(entry: Entry) -> AdapterInfo:
-    (method, rank), _ = _said(entry)
-    loaded, notes = entry.loaded, _now(entry)
+    (method, rank), notes = _said(entry)
+    loaded = entry.loaded
+    notes = notes if loaded is None else loaded.notes
     size = loaded.bytes if loaded else sum(size for _, size, _, _ in entry.said[0]) if entry.said else 0
     return AdapterInfo(
         entry.name, entry.path, loaded.method if loaded else method, rank, loaded is not None, entry.version, size,

@@ -72,11 +72,9 @@ def head_missing(entry: Entry, model: Any) -> UsageError | None:
     """Why an adapter does not load beside the base `model`, which lacks its head, or writes no text; None where that is
     not so."""
     base, task = type(model).__name__, task_in_files(entry) or _by_config(entry)
-    if task is None:
+    if task is None or base.endswith(HEADED):
         what = f"adapter {entry.name!r} notes no head, and the base that is served, {base}, writes no text"
         return None if can_write(model) else UsageError(what, "Train it here, with --task classify.")
-    if base.endswith(HEADED):
-        return None
     words = ", or train it on words for its labels (--task generate): /v1/classify serves those"
     return UsageError(
         f"adapter {entry.name!r} was trained to {task} with a head, and the base that is served, {base}, has none",

@@ -28,14 +28,15 @@ log = logging.getLogger("inlay.serve")
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """One version: its bank, its name there, the bytes of its parameters, its method, its notes, and the files that it
-    was read from."""
+    """One version: its bank, its name there, the bytes of its parameters, its method, its notes, and the folder and
+    the files that it was read from."""
 
     bank: Bank
     name: str
     bytes: int
     method: str
     notes: Notes
+    folder: Path
     signature: Signature
 
 
@@ -55,10 +56,10 @@ class Versions:
         """Whether no row in flight uses a version."""
         return not self.bank.rows_in_flight(loaded.name)
 
-    def load(self, name: str, folder: Path, settle: float, tried: bool) -> tuple[Loaded, bytes]:
+    def load(self, name: str, folder: Path, settle: float) -> tuple[Loaded, bytes]:
         """A new version, and what names its content; nothing is in the bank where it fails. The first of its kind is
-        `tried`: whether a forward works depends on the methods and their places, and values that overflow end their own
-        rows alone.
+        verified: whether a forward works depends on the methods and their places, and values that overflow end their
+        own rows alone.
 
         Raises: NotSettled where files change meanwhile, or have changed less than `settle` seconds ago; Forbidden;
         InlayError.
@@ -77,7 +78,7 @@ class Versions:
                 self.folders.check(Path(other))
             if signature_of(folder) != signature:
                 raise NotSettled(folder)
-            if tried and (kind := _kind(adapter)) not in self._verified:
+            if (kind := _kind(adapter)) not in self._verified:
                 self.verify(own)
                 self._verified.add(kind)
         except BaseException:
@@ -86,7 +87,7 @@ class Versions:
         self._inner.update(inner)
         size = _bytes([adapter, *(self.bank.adapters[name] for name in inner)])
         self.bytes += size
-        return Loaded(self.bank, own, size, _title(adapter), notes, signature), content
+        return Loaded(self.bank, own, size, _title(adapter), notes, folder, signature), content
 
     def _copy(self, names: Sequence[str]) -> None:
         """Give adapters that were just read memory of their own: safetensors maps a file, and who writes into it would

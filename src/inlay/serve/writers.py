@@ -11,6 +11,7 @@ from inlay.bases.heads import can_write
 from inlay.batch.past import BLOCK
 from inlay.errors import InlayError
 from inlay.runtime.decode import CHUNK
+from inlay.runtime.forward import check_trainable
 from inlay.runtime.generating import Session, generate
 from inlay.runtime.padded_writing import padded_tokens
 from inlay.runtime.requests import Request, Token
@@ -174,8 +175,9 @@ def writer_for(bank: Bank, tokenizer: Any, store: int, most: int) -> Writer:
 
 
 def check_writes(bank: Bank, name: str) -> None:
-    """Let an adapter read two tokens and write two. Raises: whatever its rows would; InlayError where its logits are no
-    numbers."""
+    """Let an adapter read two tokens and write two. Raises: whatever its rows would; UsageError where the base writes
+    no text; InlayError where its logits are no numbers."""
+    check_trainable(bank)
     tokens = Request(name, [1, 1], Sampling(max_new_tokens=2, ignore_eos=True), name=f"adapter {name!r}")
     for token in generate(bank, [tokens]):
         if token.error is not None:

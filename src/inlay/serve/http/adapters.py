@@ -119,7 +119,7 @@ class AdapterRoutes:
 
             def read(bank: Any, some: list[Any] = some) -> list[tuple[str, Prediction]]:
                 own = service.adapters.opened(name)
-                prompting = service.rows.noted(own.notes, service.adapters.info(name).path)
+                prompting = service.rows.noted(own.notes, own.folder)
                 if prompting is None:
                     raise Problem(400, UNKNOWN, param="model")
                 said = labels_of(own.bank, own.name, some, prompting, service.rows)
