@@ -314,12 +314,13 @@ def test_in_float32_tokens_part_only_where_two_are_equally_good():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_single_row_takes_the_quick_ways(dtype, monkeypatch):
-    from inlay.kernels.few_rows import FewRows
+    from inlay.kernels.decode_linear import DecodeLinear
 
+    monkeypatch.setattr("inlay.kernels.decode_linear.wide_vectors", lambda: True)
     bank = inlay.attach(make("llama", dtype=dtype))
     bank.add("lora", inlay.LoRA(r=2, targets="all-linear"), seed=0)
-    seen, bags = [], FewRows._bags
-    monkeypatch.setattr(FewRows, "_bags", lambda self, x, weight: seen.append(len(x)) or bags(self, x, weight))
+    seen, bags = [], DecodeLinear._bags
+    monkeypatch.setattr(DecodeLinear, "_bags", lambda self, x, weight: seen.append(len(x)) or bags(self, x, weight))
     for row in (None, "lora"):
         (own,) = greedy(bank, [asked(row, [6, 7, 8, 9])]).values()
         assert own == alone(bank, row, [6, 7, 8, 9])

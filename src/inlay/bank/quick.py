@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from inlay.batch.forward import FORWARD
 from inlay.batch.paged import PastLayout
-from inlay.kernels.few_rows import FewRows
+from inlay.kernels.decode_linear import DecodeLinear
 from inlay.kernels.fused import fused_modules
 from inlay.kernels.norm import epsilon
 from inlay.kernels.standin import StandIn
@@ -33,7 +33,7 @@ class Quick:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._standins: list[StandIn] = []
-        self._layers: list[FewRows] = []
+        self._layers: list[DecodeLinear] = []
 
     def install(self, copies: bool) -> None:
         """Once; a later call may only say more about copies."""
@@ -44,7 +44,7 @@ class Quick:
         norms = [module for module in fused_modules(self._model) if epsilon(module) is not None]
         for module in self._model.modules():
             if type(module) is nn.Linear and module.weight.device.type == "cpu":
-                self._layers.append(FewRows(module, copies))
+                self._layers.append(DecodeLinear(module, copies))
                 self._stand_in(module, self._layers[-1])
         for module in norms:
             self._stand_in(module, _norm(module))
