@@ -130,6 +130,28 @@ def test_rows_of_low_rank_adapters_come_and_go(monkeypatch):
     assert sum(found is not None for found in answered) > 20
 
 
+def test_adapters_of_some_of_the_layers_that_read_one_x_come_and_go(monkeypatch):
+    """As PEFT's own LoRA at queries and values: keys, which nobody changes, do not keep the others' table from use."""
+    bank = inlay.attach(make("llama", dtype=torch.float64))
+    torch.manual_seed(3)
+    for number in range(8):
+        bank.add(f"qv{number}", inlay.LoRA(r=2 + number, targets=["q_proj", "v_proj"]))
+    bank.add("all", inlay.LoRA(r=4, targets="all-linear"))
+    for parameter in bank.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    paths, acts = [], steps.placed_acts
+
+    def noted(scope, path, *rest):
+        found = acts(scope, path, *rest)
+        paths.extend([] if found is None else sorted(found))
+        return found
+
+    monkeypatch.setattr(steps, "placed_acts", noted)
+    rows = [f"qv{number % 8}" for number in range(12)] + ["all", None, "qv3", "all", *(f"qv{n}" for n in range(8))]
+    check_as_they_come(bank, rows, prompts_for(rows, 6), chunk=64, first=5)
+    assert sum(path.endswith("v_proj") for path in paths) > 5
+
+
 def test_chains_whose_adapters_act_on_different_layers_share_no_products():
     """A acts on queries, B and C on keys, which read the same x: each layer's products are other adapters'."""
     bank = inlay.attach(make("llama", dtype=torch.float64))

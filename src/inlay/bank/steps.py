@@ -147,8 +147,8 @@ def _placed(
     plan: SitePlan, scope: Scope, dtype: torch.dtype, owners: Mapping[int, Adapter], vectors: int,
     same_input: Sequence[str], adapters: Mapping[str, Adapter],
 ) -> Mapping[str, list[StepAct]] | None:  # fmt: skip
-    """The acts of a site and of those that read the same x, where the same adapters act at all of them and a table is
-    there."""
+    """The acts of a site and of those that read the same x, where the same adapters act at all of them that any acts
+    at, and a table is there."""
     plans = {scope.site.path: plan}
 
     def form(path: str, number: int) -> LinearForm | None:
@@ -158,7 +158,9 @@ def _placed(
 
     for other in same_input:
         own = plan_at(other, scope.route, scope.layout.blends, adapters)
-        if own is None or own.scaled or plan.scaled or {n: act.adapter for n, act in own.forms} != owners:
+        if own is None:
+            continue
+        if own.scaled or plan.scaled or {n: act.adapter for n, act in own.forms} != owners:
             return None
         plans[other] = own
     return placed_acts(scope, scope.site.path, dtype, owners, vectors, form)
