@@ -29,7 +29,7 @@ from serve_clients import Answer, Claims, ask, client_of, shares
 from serve_parts import Planted, Running, console, drawn_loras, planted, running, tiny_base
 from serve_traffic import Changes, Judge, planted_ask, traffic
 
-CLIENTS, PROMPT, NEW = 32, 32, 48
+CLIENTS, PROMPT = 32, 32
 SHORT = 16
 """Tokens of an answer to the tenants of the third part."""
 SHARE = 0.08
@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny random base, for a quick try")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--parts", default="1,2,3")
+    parser.add_argument("--new", type=int, default=48, help="tokens of an answer in the first part")
     parser.add_argument("--rounds", type=int, default=4, help="of the first part and of the third; one more to warm up")
     parser.add_argument("--minutes", type=float, default=10, help="of the second part")
     parser.add_argument("--every", type=float, default=1.0, help="seconds from one change of adapters to the next")
@@ -73,31 +74,33 @@ class Alone:
             self.bank.save(name, folder / name)
         self.decoder = Decoder(self.bank, 2**30)
 
-    def seconds(self, prompts: Sequence[list[int]]) -> float:
+    def seconds(self, prompts: Sequence[list[int]], new: int) -> float:
         """Of all answers, from the first prompt that is read to the last token."""
         decoder, begun = self.decoder, time.perf_counter()
         for name, ids in zip(self.names, prompts, strict=True):
-            decoder.add(name, ids, NEW)
+            decoder.add(name, ids, new)
         left = CLIENTS
         while left:
             rows, logits = decoder.step()
             chosen = [] if logits is None else logits.argmax(-1).tolist()
             for row, token in zip(rows, chosen, strict=True):
                 decoder.write(row, token)
-                if len(row.written) == NEW:
+                if len(row.written) == new:
                     decoder.end(row)
                     left -= 1
         return time.perf_counter() - begun
 
 
-async def together(server: Running, key: str, names: Sequence[str], prompts: Any, stream: bool) -> float:
+async def together(
+    server: Running, key: str, names: Sequence[str], prompts: Any, new: int, stream: bool
+) -> float:  # fmt: skip
     """Seconds until every client has its whole answer."""
     async with client_of(server, key) as http:
         await asyncio.gather(*(http.get("/healthz") for _ in names))  # connections are there before the clock runs
         begun = time.perf_counter()
-        answers = await asyncio.gather(*(ask(http, n, p, NEW, stream) for n, p in zip(names, prompts, strict=True)))
+        answers = await asyncio.gather(*(ask(http, n, p, new, stream) for n, p in zip(names, prompts, strict=True)))
         seconds = time.perf_counter() - begun
-    wrong = [answer for answer in answers if not answer.complete(NEW)]
+    wrong = [answer for answer in answers if not answer.complete(new)]
     if wrong:
         raise SystemExit(f"{len(wrong)} answers are not whole; the first: {wrong[0]}")
     return seconds
@@ -111,19 +114,19 @@ def throughput(a: argparse.Namespace, server: Running, key: str, alone: Alone) -
         prompts = [[own.randrange(3, alone.vocabulary) for _ in range(PROMPT)] for _ in alone.names]
         other = [[own.randrange(3, alone.vocabulary) for _ in range(PROMPT)] for _ in alone.names]
         sides = {
-            "decode loop alone": lambda p=prompts: alone.seconds(p),
-            "HTTP, streams": lambda p=prompts: asyncio.run(together(server, key, alone.names, p, True)),
-            "HTTP, whole answers": lambda p=other: asyncio.run(together(server, key, alone.names, p, False)),
+            "decode loop alone": lambda p=prompts: alone.seconds(p, a.new),
+            "HTTP, streams": lambda p=prompts: asyncio.run(together(server, key, alone.names, p, a.new, True)),
+            "HTTP, whole answers": lambda p=other: asyncio.run(together(server, key, alone.names, p, a.new, False)),
         }
         order = list(sides) if round_ % 2 else list(reversed(sides))
         for name in order:
             took = sides[name]()
             if round_:
                 seconds.setdefault(name, []).append(took)
-            console.print(f"round {round_}, {name}: {CLIENTS * NEW / took:.0f} tokens/s")
-    speeds = {name: CLIENTS * NEW / statistics.median(took) for name, took in seconds.items()}
+            console.print(f"round {round_}, {name}: {CLIENTS * a.new / took:.0f} tokens/s")
+    speeds = {name: CLIENTS * a.new / statistics.median(took) for name, took in seconds.items()}
     pairs = zip(seconds["decode loop alone"], seconds["HTTP, streams"], strict=True)
-    return {"tokens/s": speeds, "ratio": statistics.median(loop / http for loop, http in pairs)}
+    return {"new": a.new, "tokens/s": speeds, "ratio": statistics.median(loop / http for loop, http in pairs)}
 
 
 # ---- 2: adapters that come and go
@@ -211,7 +214,10 @@ def table(found: Cell) -> str:
 
 
 def _throughput(cell: Cell) -> str:
-    lines = [f"| {CLIENTS} LoRAs, {CLIENTS} prompts of {PROMPT} tokens, {NEW} written | tokens/s |", "|---|---|"]
+    lines = [
+        f"| {CLIENTS} LoRAs, {CLIENTS} prompts of {PROMPT} tokens, {cell['new']} written | tokens/s |",
+        "|---|---|",
+    ]
     lines += [f"| {name} | {speed:.0f} |" for name, speed in cell["tokens/s"].items()]
     return "\n".join([*lines, "", f"Streams through HTTP are {cell['ratio']:.2f} of the decode loop alone."])
 
