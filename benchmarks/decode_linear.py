@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inlay.kernels.decode_linear import BAGS, DecodeLinear
+from inlay.kernels.decode_linear import BAGS, DecodeLinear, onednn, turned
 from inlay.kernels.processor import amd, has_onednn, wide_vectors
 
 SHAPES = "576x192,576x576,576x1536,1536x576,576x49152,2048x2048,2048x8192"
@@ -28,10 +28,10 @@ def ways(rows: int) -> dict[str, Way]:
     """What gives W x for x (rows, in), by name; `ours` is what decoding chooses."""
     found: dict[str, Way] = {
         "torch": lambda x, own: F.linear(x, own.layer.weight),
-        "W x^T": lambda x, own: (own.layer.weight @ x.t()).t().contiguous(),
+        "W x^T": lambda x, own: turned(x, own.layer.weight),
     }
     if has_onednn():
-        found["oneDNN"] = lambda x, own: torch.ops.mkldnn._linear_pointwise(x, own.layer.weight, None, "none", [], "")
+        found["oneDNN"] = lambda x, own: onednn(x, own.layer.weight, None)
     if rows <= BAGS:
         found["bags"] = lambda x, own: own._bags(x, own.layer.weight)
     found["ours"] = lambda x, own: F.linear(x, own.layer.weight) if (made := own(x)) is None else made

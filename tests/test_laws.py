@@ -174,7 +174,6 @@ def test_a_padded_row_never_sees_its_neighbours(name, side):
     if side != "none" and name in ("vit", "t5", "mamba"):
         pytest.skip("images have no padding; the decoder here takes none; a scan's own padding is not neutral")
     bank = bank_of(name, torch.float32 if name == "bloom" and side == "left" else torch.float64)
-    precision = torch.float32 if name == "bloom" else torch.float64  # its softmax is float32's, whatever the base is
     rows, parameters = rows_of(bank), list(bank.parameters())
     if name == "vit":
         pieces = list(torch.randn(len(rows), 1, 3, 8, 8, dtype=torch.float64))
@@ -202,12 +201,15 @@ def test_a_padded_row_never_sees_its_neighbours(name, side):
             ours = ours[:, -n:] if side == "left" else ours[:, :n]
         assert not alone.isnan().any()
         acts(bank, name, row, alone, run(bank, name, piece))
-        torch.testing.assert_close(ours, alone, **same(precision))
+        near = same(ours.dtype)
+        if name == "bloom":  # whose softmax is float32's over a float64 base too
+            near = {**near, "atol": max(near["atol"], 1e-6)}
+        torch.testing.assert_close(ours, alone, **near)
         if alone.requires_grad:
             grads = gradients(alone.square().sum(), parameters)
             totals = grads if totals is None else [a + b for a, b in zip(totals, grads, strict=True)]
             loss = loss + ours.square().sum()
-    same_gradients(gradients(loss, parameters), totals, precision)
+    same_gradients(gradients(loss, parameters), totals, torch.float32 if name == "bloom" else ours.dtype)
 
 
 def touches_positions(bank, row):

@@ -98,7 +98,8 @@ def test_a_start_from_the_weight_is_the_reference_s_and_changes_nothing_at_first
     bank, theirs = begun(name, how), theirs_of(name, how)
     for _, own, found in pairs(bank, theirs):
         product = found["B"] @ found["A"]
-        torch.testing.assert_close(own["B"] @ own["A"], product, rtol=1e-4, atol=5e-5)  # CorDA's inverse differs by CPU
+        near = {**NEAR, "atol": 5e-5} if how.startswith("corda") else NEAR  # its inverse differs by CPU
+        torch.testing.assert_close(own["B"] @ own["A"], product, **near)
         torch.testing.assert_close(own["A"].norm(dim=1), found["A"].norm(dim=1), **NEAR)
         assert not own["A0"].requires_grad and not own["B0"].requires_grad and own["A"].requires_grad
     with torch.no_grad():

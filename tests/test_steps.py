@@ -69,10 +69,11 @@ def test_rows_are_what_one_forward_gives_each(bank, kind, monkeypatch):
     ids = torch.randint(3, 40, (len(rows), 9), generator=torch.Generator().manual_seed(1))
     together = written(bank, rows, ids)
     assert any(step is not None and step.acts for step in made)
+    near = 1e-7 if bank.model.config.model_type == "bloom" else 1e-8  # its softmax is float32's over a float64 base too
     for number, row in enumerate(rows):
         with torch.no_grad(), bank.route([row], prompts=[4]):
             alone = bank.model(input_ids=ids[number : number + 1], use_cache=False).logits
-        torch.testing.assert_close(together[number : number + 1], alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(together[number : number + 1], alone, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("sick", ["lora", "ia3", "norm", "houlsby", "pfeiffer", "houlsby 4", "lora 2"])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .bag_sums import bag_sums
 from .processor import amd, has_onednn, wide_vectors
 
-__all__ = ["DecodeLinear"]
+__all__ = ["DecodeLinear", "onednn", "turned"]
 
 BAGS = 2
 """Rows up to which bags are faster; without AVX-512 only one."""
@@ -48,25 +48,17 @@ class DecodeLinear:
         rows = x.numel() // x.shape[-1]
         if x.dtype != weight.dtype or not rows:
             return None
-        if rows <= BAGS and self.copies and self._bags_are_quicker(rows, weight):
+        if _onednn_is_quicker(rows, weight):
+            return onednn(x, weight, self.layer.bias)
+        if rows <= BAGS and self.copies and _bags_are_quicker(rows, weight):
             made = self._bags(x.reshape(rows, -1), weight)
-        elif (rows == 1 or rows > TURNED) and _onednn_is_quicker(rows, weight):
-            return torch.ops.mkldnn._linear_pointwise(x, weight, self.layer.bias, "none", [], "")
         elif 1 < rows <= _turned() and weight.dtype in (torch.float32, torch.float64):
-            made = (weight @ x.reshape(rows, -1).t()).t().contiguous()
+            made = turned(x.reshape(rows, -1), weight)
         else:
             return None
         if self.layer.bias is not None:
             made += self.layer.bias
         return made.view(*x.shape[:-1], made.shape[-1])
-
-    def _bags_are_quicker(self, rows: int, weight: Tensor) -> bool:
-        if weight.shape[0] % 2:
-            return False
-        if wide_vectors():
-            return True
-        small = weight.numel() < LARGE or not _mkl_is_slow()
-        return rows == 1 and weight.dtype == torch.float32 and small and torch.get_num_threads() > 1
 
     def _bags(self, x: Tensor, weight: Tensor) -> Tensor:
         version = weight.data_ptr(), weight._version
@@ -82,6 +74,16 @@ class DecodeLinear:
         return bag_sums(table, index, offsets, each).view(len(x), -1)
 
 
+def turned(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T (rows, out) for x (rows, in), as W x^T."""
+    return (weight @ x.t()).t().contiguous()
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias (..., out) for x (..., in), by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def _mkl_is_slow() -> bool:
     return amd() and not wide_vectors()
 
@@ -93,7 +95,14 @@ def _turned() -> int:
 def _onednn_is_quicker(rows: int, weight: Tensor) -> bool:
     if weight.dtype != torch.float32 or weight.numel() < LARGE or not weight.is_contiguous():
         return False
-    return _mkl_is_slow() and has_onednn() and (rows > 1 or torch.get_num_threads() > 1)
+    many = rows > TURNED or (rows == 1 and torch.get_num_threads() > 1)
+    return many and _mkl_is_slow() and has_onednn()
+
+
+def _bags_are_quicker(rows: int, weight: Tensor) -> bool:
+    if weight.shape[0] % 2:
+        return False
+    return wide_vectors() or (rows == 1 and weight.dtype == torch.float32 and torch.get_num_threads() > 1)
 
 
 @lru_cache(256)
