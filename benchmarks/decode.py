@@ -1,10 +1,13 @@
 """Writing: tokens a second of the decode loop with no adapter, one, many, eight methods; transformers, HF PEFT beside.
 
-SmolLM2-135M, prompts of 32 random tokens. All sides are in one process and take turns, so that a noisy machine is noisy
-for all; a figure is the median over steps, the first of which do not count. Each share is of what stands beside it.
+SmolLM2-135M, prompts of 32 random tokens; where CUDA is, a random Llama of 1B parameters in bfloat16 on it, and our
+steps uncaptured and transformers' compiled ones beside them. All sides are in one process and take turns, so that a
+noisy machine is noisy for all; a figure is the median over steps, the first of which do not count. Each share is of
+what stands beside it.
 
     python benchmarks/decode.py                                     both dtypes, about five minutes of two cores
     python benchmarks/decode.py --dtypes bfloat16 --rounds 2 --page docs/performance.md
+    python benchmarks/decode.py --shape 1b --new 64 --cells benchmarks/decode_gpu.json    what a GPU is given
     python benchmarks/decode.py --profile                           where a step's time goes
 
 Machines whose cores are shared should run it alone: a step has hundreds of parallel regions, and each waits for the
@@ -24,12 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_speed import SHAPES
 from pages import write_between
 from rich.console import Console
 
-ROWS, PROMPT, NEW = 32, 32, 24
-WARM = 4
-BEGIN, END = "<!-- decode: begin -->", "<!-- decode: end -->"
+ROWS, PROMPT = 32, 32
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+WARM = 8 if CUDA else 4  # the first ones are captured on a GPU
+MARKS = "<!-- decode on a GPU: begin -->" if CUDA else "<!-- decode: begin -->"
 EIGHT = {
     "lora": {}, "ia3": {}, "houlsby": {}, "norm": {}, "prefix": {"init": "random"}, "prompt": {"init": "random"},
     "dora": {}, "bitfit": {"add_bias": True},
@@ -42,9 +48,13 @@ Side = Callable[[], list[float]]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--shape", choices=["", *SHAPES], default="1b" if CUDA else "", help="random weights")
+    parser.add_argument("--dtypes", default="bfloat16" if CUDA else "float32,bfloat16")
+    parser.add_argument("--new", type=int, default=64 if CUDA else 24, help="steps of each side in a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cells", type=Path, default=Path(__file__).with_name("decode.json"))
+    parser.add_argument(
+        "--cells", type=Path, default=Path(__file__).with_name("decode_gpu.json" if CUDA else "decode.json")
+    )
     parser.add_argument("--page", type=Path, help="write the tables between the marks of this page")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--no-peft", action="store_true")
@@ -54,14 +64,14 @@ def arguments() -> argparse.Namespace:
 class Bench:
     """A base with a bank of adapters whose values are random, and the same base again, without."""
 
-    def __init__(self, base: str, dtype: str, peft: bool) -> None:
+    def __init__(self, base: str, shape: str, dtype: str, new: int, peft: bool) -> None:
         import inlay
-        from inlay.bases.load import load_base
         from inlay.methods.table import METHODS
 
+        self.new = new
         torch.manual_seed(0)
-        self.plain: Any = load_base(base, dtype).model
-        self.bank = inlay.attach(load_base(base, dtype).model)
+        self.plain = base_of(base, shape, dtype)
+        self.bank = inlay.attach(base_of(base, shape, dtype))
         for number in range(ROWS):
             self.bank.add(f"lora {number}", inlay.LoRA(r=8, alpha=16), seed=number)
         for name, settings in EIGHT.items():
@@ -70,8 +80,8 @@ class Bench:
             for parameter in self.bank.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.01)
         generator = torch.Generator().manual_seed(3)
-        self.prompts = torch.randint(0, 40000, (ROWS, PROMPT), generator=generator)
-        self.peft = self._peft(load_base(base, dtype).model) if peft else None
+        self.prompts = torch.randint(3, min(40000, self.plain.config.vocab_size), (ROWS, PROMPT), generator=generator)
+        self.peft = self._peft(base_of(base, shape, dtype)) if peft else None
 
     def _peft(self, model: Any) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -86,17 +96,18 @@ class Bench:
             wrapped.add_adapter(f"a{number}", config())
         return wrapped.eval()
 
-    def ours(self, routes: list[Any], joins: bool = False) -> list[float]:
+    def ours(self, routes: list[Any], joins: bool = False, captured: bool = True) -> list[float]:
         """The seconds of each step; with `joins`, of those in which a row comes, less its own prompt's."""
         from inlay.runtime.decode import Decoder
 
         decoder = Decoder(self.bank, 2**30, 4096)
+        decoder._captured = decoder._captured if captured else None
         for route, ids in zip(routes, self.prompts.tolist(), strict=False):
-            decoder.add(route, ids, NEW + 8, scope=str(len(decoder.waiting)))
+            decoder.add(route, ids, self.new + 8, scope=str(len(decoder.waiting)))
         times: list[float] = []
-        while len(times) < NEW:
+        while len(times) < self.new:
             if joins and len(times) in (12, 16, 20):
-                decoder.add(routes[0], self.prompts[len(times)].tolist(), NEW, scope=f"later {len(times)}")
+                decoder.add(routes[0], self.prompts[len(times)].tolist(), self.new, scope=f"later {len(times)}")
             begun = time.perf_counter()
             rows, logits = decoder.step()
             chosen = [] if logits is None else logits.max(-1).indices.tolist()  # as `sample` does for greedy rows
@@ -107,18 +118,19 @@ class Bench:
             decoder.end(row)
         return times
 
-    def generate(self, model: Any, rows: int, **more: Any) -> list[float]:
+    def generate(self, model: Any, rows: int, new: int = 0, **more: Any) -> list[float]:
         """transformers' own loop, step by step."""
+        new = new or self.new
         marks = [time.perf_counter()]
 
         def mark(ids: Any, scores: Any, **kwargs: Any) -> Any:
             marks.append(time.perf_counter())
-            return torch.zeros(len(ids), dtype=torch.bool)
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-        ids = self.prompts[:rows]
+        ids = self.prompts[:rows].to(DEVICE)
         with torch.no_grad():
             model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW,
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
                 do_sample=False, pad_token_id=0, stopping_criteria=[mark], **more,
             )  # fmt: skip
         return [after - before for before, after in pairwise(marks)]
@@ -136,23 +148,43 @@ class Bench:
             "one row, LoRA": lambda: self.ours(["lora 0"]),
             "one row, transformers": lambda: self.generate(self.plain, 1),
         }
+        if CUDA:
+            found["no adapter, uncaptured"] = lambda: self.ours([None] * ROWS, captured=False)
+            found["32 LoRAs, uncaptured"] = lambda: self.ours(loras, captured=False)
+            static = {"cache_implementation": "static"}  # which transformers compiles
+            found["transformers, compiled"] = lambda: self.generate(self.plain, ROWS, **static)
+            found["one row, transformers, compiled"] = lambda: self.generate(self.plain, 1, **static)
         if self.peft is not None:
             names = [f"a{n}" for n in range(ROWS)]
-            found["HF PEFT, 32 LoRAs"] = lambda: self.generate(self.peft, ROWS, adapter_names=names)
+            found["HF PEFT, 32 LoRAs"] = lambda: self.generate(self.peft, ROWS, 24, adapter_names=names)
         return found
+
+
+def base_of(base: str, shape: str, dtype: str) -> Any:
+    """A base that is at hand, or one of random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from inlay.bases.load import load_base
+
+    if not shape:
+        return load_base(base, dtype).model.to(DEVICE)
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
 
 
 def measured(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """By side: milliseconds of a step, the median of all rounds; and what a row costs that joins."""
-    bench = Bench(a.base, dtype, not a.no_peft)
+    bench = Bench(a.base, a.shape, dtype, a.new, not a.no_peft)
     times: dict[str, list[float]] = {}
     for round_ in range(a.rounds):
         for name, side in bench.sides().items():
             times.setdefault(name, []).extend(side()[WARM:])
-            console.print(f"{dtype}, round {round_ + 1}, {name}: {1e3 * statistics.median(times[name]):.1f} ms")
+            console.print(f"{dtype}, round {round_ + 1}, {name}: {1e3 * statistics.median(times[name]):.2f} ms")
     steps = bench.ours([f"lora {n}" for n in range(ROWS)], joins=True)
     alone = bench.ours(["lora 0"])[0]
-    plain = statistics.median(steps[n] for n in range(WARM, NEW) if n not in (12, 13, 16, 17, 20, 21))
+    plain = statistics.median(steps[n] for n in range(WARM, a.new) if n not in (12, 13, 16, 17, 20, 21))
     return {
         "ms": {name: 1e3 * statistics.median(own) for name, own in times.items()},
         "join": {
@@ -161,6 +193,7 @@ def measured(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
             "the step behind it": 1e3 * statistics.median(steps[n] for n in (13, 17, 21)),
         },
         "memory": memory(bench.bank), "threads": torch.get_num_threads(),
+        "where": f"{torch.cuda.get_device_name()}, random Llama {a.shape}" if CUDA else "",
     }  # fmt: skip
 
 
@@ -214,21 +247,23 @@ def table(found: dict[str, Any]) -> str:
         rows = {name: 1 if name.startswith("one row") else ROWS for name in ms}
         lines += [f"| {dtype} | ms a step | tokens/s | share |", "|---|---|---|---|"]
         against = {name: "transformers" if name == "no adapter" else "no adapter" for name in ms}
+        against |= {"32 LoRAs, uncaptured": "no adapter, uncaptured"}
         against |= {"one row": "one row, transformers", "one row, LoRA": "one row"}
         for name, value in ms.items():
             other = against[name]
-            share = "" if name.endswith("transformers") else f"{ms[other] / value:.2f} of {other}"
+            share = "" if "transformers" in name else f"{ms[other] / value:.2f} of {other}"
             if name.startswith("HF PEFT"):
                 share = f"32 LoRAs here are {value / ms['32 LoRAs']:.1f} times as fast"
-            lines.append(f"| {name} | {value:.1f} | {1e3 * rows[name] / value:.0f} | {share} |")
+            lines.append(f"| {name} | {value:.2f} | {1e3 * rows[name] / value:.0f} | {share} |")
         join, held = own["join"], own["memory"]
+        where = f"{own['where']}." if own.get("where") else f"{own['threads']} threads."
         lines += [
             "",
             f"A row that joins 32 with LoRAs: its step takes {join['its step']:.0f} ms, where a step takes "
-            f"{join['step']:.0f} and reading its prompt alone {join['own prompt']:.0f}; the step behind it "
-            f"{join['the step behind it']:.0f}. A LoRA's file has {held['file'] / 2**20:.2f} MiB, and "
+            f"{join['step']:.1f} and reading its prompt alone {join['own prompt']:.0f}; the step behind it "
+            f"{join['the step behind it']:.1f}. A LoRA's file has {held['file'] / 2**20:.2f} MiB, and "
             f"{held['held'] / 2**20:.2f} MiB are held for it while its rows write "
-            f"({held['held'] / held['file']:.2f} times). {own['threads']} threads.",
+            f"({held['held'] / held['file']:.2f} times). {where}",
             "",
         ]
     return "\n".join(lines).rstrip()
@@ -238,7 +273,7 @@ def profile(a: argparse.Namespace) -> None:
     """The operations of ten steps of 32 rows with 32 LoRAs."""
     from torch.profiler import ProfilerActivity, profile
 
-    bench = Bench(a.base, a.dtypes.split(",")[0], False)
+    bench = Bench(a.base, a.shape, a.dtypes.split(",")[0], a.new, False)
     bench.ours([f"lora {n}" for n in range(ROWS)])
     with profile(activities=[ProfilerActivity.CPU]) as made:
         bench.ours([f"lora {n}" for n in range(ROWS)])
@@ -256,7 +291,7 @@ def main() -> None:
         a.cells.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
     print(table(found))
     if a.page:
-        write_between(a.page, (BEGIN, END), table(found))
+        write_between(a.page, (MARKS, MARKS.replace("begin", "end")), table(found))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import inlay
-from inlay.runtime.decode import token_bytes
 from inlay.runtime.sampling import Sampling
+from inlay.runtime.token_bytes import token_bytes
 from inlay.serve.adapters import AdapterStore
 from inlay.serve.engine import Ask, Engine
 from zoo import make

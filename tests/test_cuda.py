@@ -6,11 +6,15 @@ import pytest
 import torch
 
 import inlay
+from inlay.batch.past import BLOCK
+from inlay.kernels.picked import Picked
 from inlay.runs.run import run
+from inlay.runtime.decode import Decoder
 from inlay.runtime.memory import TokenBudget
 from inlay.training.loop import add_learners, train_steps
 from inlay.training.plan import Plan
 from test_crash import broken_off, content, reviews, settings  # noqa: F401
+from test_decode import BASES, everyone, prompts_for
 from test_experts import FAMILIES, randomise
 from test_experts import make as make_mixture
 from test_laws import PACKS, bank_of, gradients, ids_of, padded, rows_of
@@ -144,6 +148,96 @@ def test_decoding_writes_the_same_tokens(name):
             )  # fmt: skip
         written.append(out[:, -6:].cpu())
     assert torch.equal(*written)
+
+
+@pytest.mark.parametrize("name", [*BASES, "gpt_neox", "opt"])
+def test_rows_that_come_and_go_write_the_same_tokens(name):
+    """Every method and mixtures of them, in steps that are captured and others, beside a CPU."""
+    here, there = two_banks(name)
+    rows = [*everyone(here), *["small", "wide", None, "prompt", "short", "small"] * 2]
+    written = []
+    for bank in (here, there):
+        decoder, made = Decoder(bank, 2**24, 16), []
+        asked = [(row, ids, 12) for row, ids in zip(rows, prompts_for(rows), strict=True)]
+        while asked or decoder.rows or decoder.waiting:
+            if asked:
+                made.append(decoder.add(*asked.pop(0)))
+            ready, logits = decoder.step()
+            for row, own in zip(ready, [] if logits is None else logits, strict=True):
+                decoder.write(row, int(own.argmax()))
+                if len(row.written) == 12:
+                    decoder.end(row)
+        written.append([row.written for row in made])
+    assert written[0] == written[1]
+    if name in ("llama", "qwen3", "gemma3", "gpt2", "mistral", "phi3"):
+        assert decoder._captured is not None and decoder._captured._steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_captured_steps_give_the_logits_of_plain_ones(name, dtype):
+    """Of the same tokens, chosen by the plain steps."""
+    bank = bank_of(name, dtype, DEVICE)
+    companies = [["small", "wide", None, "prompt", "short"], ["ia3", "dora", "norm", "houlsby", "short", "small"]]
+    for company in companies[: 1 if name == "gemma3" else 2]:
+        plain, ours = Decoder(bank, 2**24), Decoder(bank, 2**24)
+        plain._captured = None
+        prompts = prompts_for(company)
+        for decoder in (plain, ours):
+            for row, ids in zip(company, prompts, strict=True):
+                decoder.add(row, ids, 40)
+        for _ in range(36):
+            (rows, expected), (own, got) = plain.step(), ours.step()
+            near(got, expected, {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float64: 1e-10}[dtype])
+            for one, other, token in zip(rows, own, expected.argmax(-1).tolist(), strict=True):
+                plain.write(one, token)
+                ours.write(other, token)
+        assert ours._captured._steps, company
+        for decoder in (plain, ours):
+            for row in list(decoder.rows):
+                decoder.end(row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_picked_products(dtype):
+    torch.manual_seed(0)
+    downs, ups = torch.randn(7, 300, 24, dtype=torch.float64), [torch.randn(7, 8, n).double() for n in (513, 40, 256)]
+    for own in (downs, *ups):
+        own[0] = 0
+    numbers, x = torch.randint(0, 7, (33, 2)), torch.randn(33, 300, dtype=torch.float64)
+    given = [own.to(dtype) for own in (downs.view(-1, 24), x, *(up.view(-1, up.shape[2]) for up in ups))]
+    exact = Picked(numbers, given[0].double(), tuple(up.double() for up in given[2:]))
+    there = Picked(numbers.to(DEVICE), given[0].to(DEVICE), tuple(up.to(DEVICE) for up in given[2:]))
+    low, ours = exact.low(given[1].double()), there.low(given[1].to(DEVICE))
+    for layer, up in enumerate(given[2:]):
+        y = torch.randn(33, up.shape[1]).to(dtype)
+        made, expected = y.to(DEVICE), y.double()
+        there.add_high(made, ours, layer)
+        exact.add_high(expected, low, layer)
+        near(made, expected, {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 3, 20, 24), (8, 4, 64, 64), (1, 1, 128, 128), (4, 8, 80, 80)])
+def test_attention_over_blocks(dtype, shape):
+    """What stands behind a row's last key is not read, whatever it is."""
+    pytest.importorskip("triton")
+    from inlay.kernels.triton_attention import attend
+
+    torch.manual_seed(0)
+    shared, group, dim, width = shape
+    keys, values = torch.randn(9, shared, dim, BLOCK).to(dtype), torch.randn(9, shared, BLOCK, width).to(dtype)
+    table, counts = torch.stack([torch.randperm(8)[:3] for _ in range(4)]), torch.tensor([5, 33, 96, 64])
+    table[0, 1:] = 8
+    keys[8], values[8] = float("nan"), float("nan")  # of a row with five keys
+    seen = (torch.arange(96) < counts[:, None]) & (torch.arange(96) % 5 != 1)
+    q = torch.randn(4, shared * group, dim).to(dtype)
+    k, v = (x.nan_to_num() for x in (keys, values))
+    k, v = (k[table].permute(0, 2, 1, 4, 3).flatten(2, 3), v[table].transpose(1, 2).flatten(2, 3))
+    scores = (q.double().view(4, shared, group, dim) @ k.double().transpose(2, 3)) * 0.3
+    expected = (scores.masked_fill(~seen[:, None, None], -1e30).softmax(-1) @ v.double()).flatten(1, 2)
+    made = attend(*(x.to(DEVICE) for x in (q, keys, values, table, counts, seen)), 0.3)
+    near(made, expected, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "t5"])

@@ -10,10 +10,11 @@ import torch
 import inlay
 from inlay.bank import steps
 from inlay.errors import UsageError
-from inlay.runtime.decode import Decoder, token_bytes
+from inlay.runtime.decode import Decoder
 from inlay.runtime.generating import Session, generate
 from inlay.runtime.requests import Request
 from inlay.runtime.sampling import Sampling
+from inlay.runtime.token_bytes import token_bytes
 from test_laws import WISHES, bank_of
 from zoo import make
 

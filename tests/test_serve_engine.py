@@ -13,9 +13,9 @@ import torch
 import inlay
 from engines import answer, ask, read, saying, serving, until
 from inlay.errors import InlayError, UsageError
-from inlay.runtime.decode import token_bytes
 from inlay.runtime.generating import generate
 from inlay.runtime.requests import Request
+from inlay.runtime.token_bytes import token_bytes
 from inlay.serve.engine import Busy, UnknownAdapter
 from test_decode import prompts_for
 from test_laws import bank_of

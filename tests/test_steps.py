@@ -105,7 +105,7 @@ def _values(adapter):
 
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_both_ways_of_computing_are_equal(bank, one_by_one, monkeypatch):
-    monkeypatch.setattr(slots, "_one_by_one", lambda shares, dtype: one_by_one or not shares)
+    monkeypatch.setattr(slots, "one_by_one", lambda shares, dtype: one_by_one or not shares)
     test_rows_are_what_one_forward_gives_each(bank, "in any order", monkeypatch)
 
 

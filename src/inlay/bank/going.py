@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 from inlay.batch.paged import Going
 from inlay.batch.route import Blend, Route, RowSpec
+from inlay.sites.structure import Structure
 
 from .lookup import Lookup
 from .quick import Quick
+from .standing import Standing, standing
 
 __all__ = ["Flight", "Goes"]
 
@@ -31,6 +33,7 @@ class Flight:
 class Goes:
     """The part of a bank that lets rows go on."""
 
+    base: Structure
     _lookup: Lookup
     _quick: Quick
 
@@ -45,6 +48,17 @@ class Goes:
         the head; for bases that keep packed segments apart."""
         blends = [self._checked(row) for row in rows]
         return Flight(self._lookup, Route(blends, [*lengths], [*heads], going=going))
+
+    def shift_of(self, blend: Blend) -> int:
+        """By how much a row's adapters move the positions of its tokens, in a base that keeps segments apart."""
+        (backbone,) = self.base.backbones
+        return self._lookup.shift(backbone, blend)
+
+    def standing(self, flight: Flight) -> Standing | None:
+        """What the adapters of a flight's rows do at every step; None where some of it has to be found anew at each.
+        The flight has gone a step."""
+        names = {name for blend in flight.route.blends for name, _ in blend}
+        return standing(flight.route.going.values, [self._lookup.adapters[name] for name in names])
 
     @property
     def ignores_padding(self) -> bool:

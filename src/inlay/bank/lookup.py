@@ -65,17 +65,18 @@ class Lookup:
     def prefix_length(self, blend: Blend) -> int:
         return sum(self.adapters[name].prefix_length for name, _ in blend)
 
-    def prefix_shift(self, blend: Blend) -> int:
-        return sum(self.adapters[name].prefix_shift for name, _ in blend)
+    def shift(self, backbone: Backbone, blend: Blend) -> int:
+        """By how much a row's adapters move its positions. What takes no cache counts none: there HF PEFT's prefixes,
+        which it hands over as a cache, move no positions, and neither do these."""
+        counted = backbone.cache and backbone.part != "encoder" and self.prefix_length(blend)
+        return sum(self.adapters[name].prefix_shift for name, _ in blend) if counted else 0
 
     def prefixes(
         self, backbone: Backbone, blends: Sequence[Blend], base: Structure, begins: Sequence[bool] | None = None
     ) -> Prefixes:
-        """The prefixes of a call's rows; where it is said which of them it `begins`, the others have theirs. What takes
-        no cache counts none: there HF PEFT's prefixes, which it hands over as a cache, move no positions, and neither
-        do these."""
+        """The prefixes of a call's rows; where it is said which of them it `begins`, the others have theirs."""
         lengths = [0 if backbone.part == "encoder" else self.prefix_length(b) for b in blends]
-        shifts = [self.prefix_shift(b) if n and backbone.cache else 0 for n, b in zip(lengths, blends, strict=True)]
+        shifts = [self.shift(backbone, b) for b in blends]
         if begins is not None:
             lengths = [n if new else 0 for n, new in zip(lengths, begins, strict=True)]
         sites = attention_sites(base) if any(lengths) else []

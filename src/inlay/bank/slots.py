@@ -9,19 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlay.batch.forward import Forward
-from inlay.kernels.bags import RANK, Bags, Factors, units
+from inlay.kernels.bags import Bags, Factors, one_by_one, units
 from inlay.kernels.bottlenecks import Bottlenecks
+from inlay.kernels.picked import Picked
 from inlay.kernels.rows import Rows
 from inlay.kernels.slot_table import SlotTable
 from inlay.methods.contract import BottleneckForm, LinearForm, Site
-from inlay.sites.site import bare
 
 from .acting import Scope, unseen
+from .slot_rows import count_of, picked_at, rows_of
+from .slot_scales import has_scales, scalings
 
-__all__ = ["Forms", "StepAct", "beside", "linear_acts", "norm_act", "placed_acts"]
+__all__ = ["Bagged", "Forms", "StepAct", "beside", "linear_acts", "placed_acts"]
 
 Forms = Mapping[int, LinearForm]
 """By the number of a share."""
@@ -42,8 +44,9 @@ def linear_acts(
     own, dtype = ranks[path], _dtype(layers[path])
     alike = [name for name in layers if ranks[name] == own]
     found: dict[str, list[StepAct]] = {path: []}
-    if _one_by_one([(rank, _count(scope, number, vectors)) for number, rank in own.items()], dtype):
-        found[path] += [_Product.of(layers[path][n], _rows(scope, [n], vectors, layers[path])) for n in own]
+    counts = [(rank, count_of(scope, number, vectors)) for number, rank in own.items()]
+    if not own or (not picked_at(scope) and one_by_one(counts, dtype)):
+        found[path] += [_Product.of(layers[path][n], rows_of(scope, [n], vectors, layers[path])) for n in own]
     else:
         tables = getattr(scope.layout, "tables", None)
         if tables is None:
@@ -52,9 +55,9 @@ def linear_acts(
             table = tables.setdefault((*alike, dtype), SlotTable())
             bags = _placed(scope, table, [layers[name] for name in alike], {n: owners[n] for n in own}, vectors)
             tables.update({("placed", name, dtype): (table, alike) for name in alike})
-        found = {name: [_Bagged(bags, layer, name == alike[-1])] for layer, name in enumerate(alike)}
+        found = {name: [Bagged(bags, layer, name == alike[-1])] for layer, name in enumerate(alike)}
     for name, acts in found.items():
-        acts += _scalings(scope, layers[name], vectors)
+        acts += scalings(scope, layers[name], vectors)
     return found
 
 
@@ -76,21 +79,17 @@ def placed_acts(
             table.place(owner, lambda forms=forms: [_factors(form) for form in forms])
             table.plain.add(owner)
         slots[number] = table.place(owner, list)
-    if _one_by_one([(len(own), _count(scope, number, vectors)) for number, own in slots.items()], dtype):
+    sizes = [(len(own), count_of(scope, number, vectors)) for number, own in slots.items()]
+    if not picked_at(scope) and one_by_one(sizes, dtype):
         return None
     bags = table.bags([slots.get(number, ()) for number in _shares(scope, vectors)])
-    return {name: [_Bagged(bags, layer, name == alike[-1])] for layer, name in enumerate(alike)}
+    return {name: [Bagged(bags, layer, name == alike[-1])] for layer, name in enumerate(alike)}
 
 
 def _alike(forms: Sequence[LinearForm | None]) -> bool:
     """Whether all are products of one rank, and nothing beside."""
     ranks = {0 if form is None or form.down is None else units(len(form.down)) for form in forms}
-    return 0 not in ranks and len(ranks) == 1 and not any(form is None or _beside(form) for form in forms)
-
-
-def _beside(form: LinearForm) -> bool:
-    """Whether a form does something beside its product."""
-    return form.out_scale is not None or form.shift is not None
+    return 0 not in ranks and len(ranks) == 1 and not any(form is None or has_scales(form) for form in forms)
 
 
 def _ranks(forms: Forms) -> dict[int, int]:
@@ -101,26 +100,6 @@ def _ranks(forms: Forms) -> dict[int, int]:
 def _dtype(forms: Forms) -> torch.dtype:
     """In which the products are computed; any where there are none."""
     return next((form.down.dtype for form in forms.values() if form.down is not None), torch.float32)
-
-
-def _count(scope: Scope, number: int, vectors: int) -> int:
-    partition = scope.layout.partition
-    return partition.shares[number].units * (vectors // partition.total)
-
-
-def _one_by_one(shares: Sequence[tuple[int, int]], dtype: torch.dtype) -> bool:
-    """Whether products one after another are faster than bags, by the units and vectors of each: microseconds as
-    measured on a core for widths of 576 and 1536, 1 to 32 adapters, ranks of 8 and 32, rows side by side and apart."""
-    sums = RANK * sum(rank * count for rank, count in shares)
-    each, one_bag = (30 if dtype.itemsize == 2 else 10), (0.16 if len(shares) == 1 else 0.08)
-    return each * len(shares) + 0.02 * sums < 12 + one_bag * sums
-
-
-def _rows(scope: Scope, numbers: Sequence[int], vectors: int, forms: Mapping[int, LinearForm | BottleneckForm]) -> Rows:
-    """The rows of shares, one share's behind the other's."""
-    form = forms[numbers[0]]
-    device = next(value.device for value in vars(form).values() if isinstance(value, Tensor))
-    return Rows.of((span for number in numbers for span in scope.spans(number, vectors)), vectors, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,10 +126,10 @@ class _Product:
 
 
 @dataclass(frozen=True, eq=False)
-class _Bagged:
+class Bagged:
     """The products of all shares; this layer is the number `layer` of those that read x."""
 
-    bags: Bags
+    bags: Bags | Picked
     layer: int
     last: bool
 
@@ -161,7 +140,7 @@ class _Bagged:
         low = self.bags.low(x.to(y.dtype)) if low is None else low
         if not self.last:
             forward.inputs[spot] = low
-        y.add_(self.bags.high(low, self.layer))
+        self.bags.add_high(y, low, self.layer)
 
 
 def _bags(scope: Scope, layers: Sequence[Forms], numbers: Sequence[int], vectors: int) -> Bags:
@@ -178,13 +157,13 @@ def _bags(scope: Scope, layers: Sequence[Forms], numbers: Sequence[int], vectors
 
 def _placed(
     scope: Scope, table: SlotTable, layers: Sequence[Forms], owners: Mapping[int, object], vectors: int
-) -> Bags:
+) -> Bags | Picked:
     """The same, of products in a table that stays."""
     own = {
         number: table.place(owner, lambda number=number: [_factors(forms[number]) for forms in layers])
         for number, owner in owners.items()
     }
-    beside = {number for forms in layers for number, form in forms.items() if _beside(form)}
+    beside = {number for forms in layers for number, form in forms.items() if has_scales(form)}
     table.plain.update(owner for number, owner in owners.items() if number not in beside)
     return table.bags([own.get(number, ()) for number in _shares(scope, vectors)])
 
@@ -207,56 +186,6 @@ def _factors(form: LinearForm) -> Factors:
     return *found, form.scale
 
 
-# ---- scales and shifts
-
-
-@dataclass(frozen=True, eq=False)
-class _Scaling:
-    """y, or what a `norm` with weights of one gives for x: times `scale`, plus `shift`, (n, width) or (width,)."""
-
-    rows: Rows
-    scale: Tensor | None
-    shift: Tensor | None
-    norm: nn.Module | None = None
-
-    def __call__(self, y: Tensor, x: Tensor | None, forward: Forward) -> None:
-        if self.norm is None:
-            value = self.rows.take(y)
-        else:
-            assert x is not None
-            value = self.norm(self.rows.take(x))
-        value = value if self.scale is None else (value * self.scale).to(y.dtype)
-        self.rows.put(y, value if self.shift is None else value + self.shift)
-
-
-def _scalings(scope: Scope, forms: Forms, vectors: int) -> list[StepAct]:
-    numbers = [number for number, form in forms.items() if _beside(form)]
-    return [_scaling(scope, numbers, forms, vectors)] if numbers else []
-
-
-def _scaling(scope: Scope, numbers: list[int], forms: Forms, vectors: int, norm: nn.Module | None = None) -> _Scaling:
-    scale, shift = (
-        _stacked([(getattr(forms[n], name), _count(scope, n, vectors)) for n in numbers], neutral)
-        for name, neutral in (("out_scale", 1.0), ("shift", 0.0))
-    )
-    return _Scaling(_rows(scope, numbers, vectors, forms), scale, shift, norm)
-
-
-def _stacked(values: Sequence[tuple[Tensor | None, int]], neutral: float) -> Tensor | None:
-    """Each value (width,) for its own number of rows; None where there are none."""
-    there = [value for value, _ in values if value is not None]
-    if not there or len(values) == 1:
-        return there[0] if there else None
-    like = max(there, key=lambda value: torch.finfo(value.dtype).bits)
-    none = torch.full_like(like, neutral)
-    return torch.cat([(none if value is None else value.to(like.dtype)).expand(n, -1) for value, n in values])
-
-
-def norm_act(scope: Scope, site: Site, forms: Forms, vectors: int) -> StepAct:
-    """The forms of a norm, which have no products: the base's formula runs once for all their rows."""
-    return _scaling(scope, list(forms), forms, vectors, bare(site.module, site.neutral()))
-
-
 # ---- bottlenecks
 
 
@@ -267,15 +196,15 @@ def beside(scope: Scope, site: Site, forms: Mapping[int, BottleneckForm], vector
         kinds.setdefault((form.reads, form.activation), []).append(number)
     acts: list[StepAct] = []
     for numbers in kinds.values():
-        counts = [_count(scope, n, vectors) for n in numbers]
+        counts = [count_of(scope, n, vectors) for n in numbers]
         sizes = [(units(len(forms[n].down)), count) for n, count in zip(numbers, counts, strict=True)]
-        if _one_by_one(sizes, forms[numbers[0]].down.dtype):
-            acts += [_Beside(site, _rows(scope, [n], vectors, forms), forms[n], forms[n].added) for n in numbers]
+        if one_by_one(sizes, forms[numbers[0]].down.dtype):
+            acts += [_Beside(site, rows_of(scope, [n], vectors, forms), forms[n], forms[n].added) for n in numbers]
             continue
         own = [forms[n] for n in numbers]
         factors = [(form.down, form.down_bias, form.up, form.up_bias, form.scale) for form in own]
         together = Bottlenecks.of(factors, counts, own[0].activation)
-        acts.append(_Beside(site, _rows(scope, numbers, vectors, forms), own[0], together))
+        acts.append(_Beside(site, rows_of(scope, numbers, vectors, forms), own[0], together))
     return acts
 
 

@@ -15,7 +15,8 @@ from inlay.methods.contract import BottleneckForm, LinearForm, Site
 from .acting import Scope, act_in_turn, input_scales, scaled_input
 from .adapter import Adapter
 from .plan import Act, SitePlan, plan_at
-from .slots import Forms, StepAct, beside, linear_acts, norm_act, placed_acts
+from .slot_scales import norm_act
+from .slots import Forms, StepAct, beside, linear_acts, placed_acts
 
 __all__ = ["InputStep", "Step", "fresh", "goes_on", "input_step", "step_of"]
 

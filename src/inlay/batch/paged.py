@@ -15,10 +15,11 @@ from inlay.sites.backbone import Backbone
 
 from .blocks import StreamMask
 from .packed import PackedLayout
-from .paged_attention import Runs, Singles, Stored, Writing
+from .paged_attention import Reading, Runs, Singles, Stored, Writing
 from .past import BLOCK, Past, Store
 from .prefixes import Prefixes
 from .route import Blend
+from .step_numbers import StepNumbers
 
 __all__ = ["Going", "PastLayout"]
 
@@ -27,13 +28,15 @@ __all__ = ["Going", "PastLayout"]
 class Going:
     """The pasts of a stream's segments, in a store that has room for what is new. `values` is what forwards of the same
     rows, in the same order, need not compute again, the first `known` of them from others; `tables` hold adapters for
-    rows in any company."""
+    rows in any company. Rows of one new token each may be told by `numbers` what their pasts say: those are where they
+    were at the next step."""
 
     store: Store
     pasts: Sequence[Past]
     values: dict[Any, Any]
     tables: dict[Any, Any]
     known: int = 0
+    numbers: StepNumbers | None = None
 
 
 class PastLayout(PackedLayout):
@@ -81,6 +84,10 @@ class PastLayout(PackedLayout):
         return torch.where(position < 0, position, moved), lengths
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
+        numbers = self.going.numbers
+        if numbers is not None:
+            own = {"position_ids": numbers.positions + self.backbone.first} if self.backbone.takes_positions else {}
+            return {**given, "attention_mask": torch.ones_like(numbers.ids), "use_cache": False, **own}
         given = super().prepare(given)
         if "position_ids" in given:
             before = [torch.full((n,), p.virtual + p.own) for n, p in zip(self.lengths, self.pasts, strict=True)]
@@ -114,17 +121,21 @@ class PastLayout(PackedLayout):
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)), None
 
     def _lay_out(self, device: torch.device) -> _Laid:
-        store, pasts, n = self.going.store, self.pasts, self.singles
+        store, pasts, n, numbers = self.going.store, self.pasts, self.singles, self.going.numbers
+        if numbers is not None:
+            self._laid = _Laid(Writing(numbers.spots), Singles(store, Reading.told(numbers)), None, None, [], None)
+            return self._laid
         for past, prefix, fresh in zip(pasts, self.prefixes.lengths, self.fresh, strict=True):
             if fresh:
                 past.prefix = prefix
         places = [_spots(past, past.keys, length) for past, length in zip(pasts, self.lengths, strict=True)]
         stored = Stored(store, pasts[n:], device) if n < len(pasts) else None
         runs = None if stored is None else Runs(self.lengths[n:], stored, device)  # pyright: ignore
+        singles = Singles(store, Reading.of(pasts[:n], [1] * n, device)) if n else None
         fresh = [unit for unit, new in enumerate(self.fresh) if new and self.prefixes.lengths[unit]]
         ahead = [_spots(pasts[unit], 0, self.prefixes.lengths[unit]) for unit in fresh]
         self._laid = _Laid(
-            Writing(torch.cat(places).to(device)), Singles(store, pasts[:n], device) if n else None, stored, runs,
+            Writing(torch.cat(places).to(device)), singles, stored, runs,
             fresh, Writing(torch.cat(ahead).to(device)) if ahead else None,
         )  # fmt: skip
         return self._laid

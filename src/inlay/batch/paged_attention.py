@@ -8,26 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.kernels.bag_sums import bag_sums
+from inlay.kernels.picked import kernels_for, picks
 from inlay.sites.attention import QKV, is_own
 
 from .blocks import Blocks, StreamMask, attended
 from .past import BLOCK, Past, Store
+from .step_numbers import StepNumbers
 
 __all__ = ["Reading", "Singles", "Stored", "Writing", "seen"]
 
 
-def seen(rule: Callable[..., Tensor], q: Tensor, k: Tensor, prefix: Tensor) -> Tensor:
+def seen(rule: Callable[..., Tensor], q: Tensor, k: Tensor, prefix: Tensor, prefixed: bool) -> Tensor:
     """Which keys (rows, 1, n, keys) each query sees: q (rows, 1, n, 1) and k (rows or 1, 1, 1, keys) count all keys of
-    the row, the `prefix` (rows, 1, 1, 1) of them that no token has as well: to those a query stands behind them all."""
+    the row, the `prefix` (rows, 1, 1, 1) of them that no token has as well: to those a query stands behind them all.
+    `prefixed` is whether there are any."""
     zero = torch.zeros_like(prefix[:1])
     own = rule(zero, zero, q - prefix, k - prefix)
-    return own if not bool(prefix.any()) else torch.where(k < prefix, rule(zero, zero, q, k), own)
+    return torch.where(k < prefix, rule(zero, zero, q, k), own) if prefixed else own
 
 
 class Writing:
@@ -61,11 +65,12 @@ class Writing:
 @dataclass(frozen=True, eq=False)
 class Reading:
     """The blocks of rows side by side: `table` (rows, n), padded with block 0; how many `keys` and, of these, keys of a
-    `prefix` each row has (rows,)."""
+    `prefix` each row has (rows,); `prefixed` is whether any row has some."""
 
     table: Tensor
     keys: Tensor
     prefix: Tensor
+    prefixed: bool
 
     @classmethod
     def of(cls, pasts: Sequence[Past], more: Sequence[int], device: torch.device) -> Reading:
@@ -75,7 +80,13 @@ class Reading:
         rows = [
             [*p.blocks[: -(-n // BLOCK)], *[0] * (width - -(-n // BLOCK))] for p, n in zip(pasts, keys, strict=True)
         ]
-        return cls(*(torch.tensor(value, device=device) for value in (rows, keys, [past.prefix for past in pasts])))
+        prefix = [past.prefix for past in pasts]
+        table, counts, ahead = (torch.tensor(value, device=device) for value in (rows, keys, prefix))
+        return cls(table, counts, ahead, any(prefix))
+
+    @classmethod
+    def told(cls, numbers: StepNumbers) -> Reading:
+        return cls(numbers.table, numbers.keys, numbers.prefix, numbers.prefixed)
 
     def gather(self, layer: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """A copy of the rows' keys and values, (rows, heads, n * BLOCK, dim); zeros behind each row's last."""
@@ -85,7 +96,7 @@ class Reading:
         there = self.there[:, None, :, None]
         return torch.where(there, k, 0), torch.where(there, v, 0)
 
-    @property
+    @cached_property
     def there(self) -> Tensor:
         """(rows, n * BLOCK): which places hold a key."""
         place = torch.arange(self.table.shape[1] * BLOCK, device=self.table.device)
@@ -134,15 +145,15 @@ class Runs(Blocks):
         k = torch.arange(-width, size, device=device).view(1, 1, 1, keys) + past
         front = torch.arange(-width, 0, device=device)[None] >= -past.view(-1, 1)
         there = torch.cat([front, block.real], 1)[:, None, None]
-        return seen(mask.function, q, k, prefix).expand(len(pasts), 1, size, keys) & there
+        prefixed = any(own.prefix for own in pasts)
+        return seen(mask.function, q, k, prefix, prefixed).expand(len(pasts), 1, size, keys) & there
 
 
 class Singles:
     """Rows with one new token each, whose keys and values are in the store already."""
 
-    def __init__(self, store: Store, pasts: Sequence[Past], device: torch.device) -> None:
-        self.store = store
-        self.reading = Reading.of(pasts, [1] * len(pasts), device)
+    def __init__(self, store: Store, reading: Reading) -> None:
+        self.store, self.reading = store, reading
         self._bags: dict[tuple[int, int, int], _Bags] = {}
 
     def attend(
@@ -151,14 +162,20 @@ class Singles:
         """(rows, heads, dim) of q (1, heads, rows, dim)."""
         q, k, v = qkv
         layer = self.store.layer((module, turn), k, v)
-        if is_own(plain) or q.is_cuda:
-            return self._gathered(plain, module, q, layer, mask, rest)
         heads, shared, dim = q.shape[1], k.shape[1], q.shape[3]
+        scaling = rest.get("scaling")
+        scaling = dim**-0.5 if scaling is None else scaling
+        if is_own(plain) or picks(q.device):
+            if is_own(plain) or not (kernels_for(q) and q.itemsize <= 4):
+                return self._gathered(plain, module, q, layer, mask, rest)
+            from inlay.kernels.triton_attention import attend
+
+            own, seen = q[0].transpose(0, 1), self._mask(mask)[:, 0, 0]
+            return attend(own, *layer, self.reading.table, self.reading.keys, seen, scaling)
         spot = heads, shared, dim
         if spot not in self._bags:
             self._bags[spot] = _Bags.of(self.reading, heads, shared, dim)
-        scaling = rest.get("scaling")
-        scaled = q[0].transpose(0, 1) * (dim**-0.5 if scaling is None else scaling)
+        scaled = q[0].transpose(0, 1) * scaling
         return self._bags[spot].attend(scaled.reshape(-1, dim), layer, ~self._mask(mask)[:, 0])
 
     def _mask(self, mask: StreamMask) -> Tensor:
@@ -168,7 +185,7 @@ class Singles:
             reading = self.reading
             place = torch.arange(reading.table.shape[1] * BLOCK, device=reading.table.device).view(1, 1, 1, -1)
             keys, prefix = (n.view(-1, 1, 1, 1) for n in (reading.keys, reading.prefix))
-            found = seen(mask.function, keys - 1, place, prefix)
+            found = seen(mask.function, keys - 1, place, prefix, reading.prefixed)
             mask.cache[spot] = found.expand(len(keys), 1, 1, place.shape[-1]) & reading.there[:, None, None]
         return mask.cache[spot]
 

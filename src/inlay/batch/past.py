@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import UsageError
+from inlay.kernels.picked import picks
 
 from .pages import Pages, StoreFull
 
@@ -46,7 +47,7 @@ class Store:
 
     A layer's keys are (blocks, heads, dim, BLOCK) and its values (blocks, heads, BLOCK, dim): so a bag of rows gives a
     query's scores, and another what its weights make of the values, without a copy. `token_bytes` is what one token
-    takes in all layers.
+    takes in all layers. Behind the blocks of rows there is one more, `spare`, that nobody reads.
     """
 
     def __init__(self, limit: int, token_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -59,6 +60,11 @@ class Store:
         self.pages = Pages(int(blocks), BLOCK)
         self.token_bytes, self.dtype, self.device = token_bytes, dtype, device
         self._layers: dict[tuple[nn.Module, int], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def spare(self) -> int:
+        """The block for rows that only fill a step up."""
+        return self.pages.blocks
 
     @property
     def tokens(self) -> int:
@@ -119,7 +125,7 @@ class Store:
 
     def _clear(self, blocks: Sequence[int]) -> None:
         """What another row has left may not be a number, and zero times that is not one either."""
-        if blocks:
+        if blocks and not picks(self.device):  # there what is behind a row's last key is not even read
             index = torch.tensor(blocks, device=self.device)
             for _, values in self._layers.values():
                 values.index_fill_(0, index, 0)
@@ -133,7 +139,7 @@ class Store:
     def layer(self, spot: tuple[nn.Module, int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one attention, for its k and v (1, heads, tokens, dim)."""
         if spot not in self._layers:
-            blocks, heads, kind = self.pages.blocks, k.shape[1], {"dtype": k.dtype, "device": k.device}
+            blocks, heads, kind = self.pages.blocks + 1, k.shape[1], {"dtype": k.dtype, "device": k.device}
             # Zeros come from the system untouched: memory is taken where blocks are written.
             self._layers[spot] = (
                 torch.zeros(blocks, heads, k.shape[3], BLOCK, **kind),

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from .bags import RANK, Bags, Factors, units
+from .picked import NOTHING, Picked, picks
 
 __all__ = ["SlotTable"]
 
 GROWTH = 1.25
 """By how much tables grow, at least, when no slot is free."""
+PICKED_GROWTH, PICKED_LEAST = 1.5, 16
+"""The same, and with how many slots they begin, where each growth makes captured steps useless."""
 
 
 class SlotTable:
@@ -43,19 +46,33 @@ class SlotTable:
                 self._write(known, layer, down, up, scale)
         return known
 
-    def bags(self, slots: Sequence[tuple[int, ...]]) -> Bags:
+    def slots_of(self, owner: Any) -> tuple[int, ...]:
+        """The slots of an owner; none where it has none, or is None."""
+        return () if owner is None else self._slots.get(owner, ())
+
+    def bags(self, slots: Sequence[tuple[int, ...]]) -> Bags | Picked:
         """The products of vectors that go through `slots`."""
         assert self._downs is not None
+        if picks(self._downs.device):
+            return Picked.of(tuple(slots), self._downs, tuple(self._ups))
         return Bags(tuple(slots), self._downs, tuple(self._ups))
+
+    def holds(self, picked: Picked) -> bool:
+        """Whether these products are those of the table as it is: it may have grown since."""
+        return picked.downs is self._downs
 
     def _free(self, products: Sequence[Factors]) -> tuple[int, ...]:
         count = units(len(products[0][0]))
         if len(self._spare) < count:
             used = {slot for slots in self._slots.values() for slot in slots}
+            used |= {NOTHING} if self._downs is not None and picks(self._downs.device) else set()
             self._spare = [slot for slot in range(self._room) if slot not in used]
         if len(self._spare) < count:
             first = self._room
-            self._grow(products, max(self._room + count - len(self._spare), int(GROWTH * self._room)))
+            picked = picks(products[0][0].device)
+            growth, least = (PICKED_GROWTH, NOTHING + 1 + PICKED_LEAST) if picked else (GROWTH, 0)
+            first = max(first, NOTHING + 1) if picked else first
+            self._grow(products, max(first + count - len(self._spare), int(growth * self._room), least))
             self._spare += range(first, self._room)
         taken, self._spare = self._spare[:count], self._spare[count:]
         return tuple(taken)

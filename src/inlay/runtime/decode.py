@@ -19,13 +19,16 @@ from inlay.batch.pages import StoreFull
 from inlay.batch.past import BLOCK, Past, Store
 from inlay.batch.route import RowSpec
 from inlay.errors import UsageError
+from inlay.kernels.picked import picks
 from inlay.sites.positions import positions_of
 
+from .captured import Captured
 from .made import Made
 from .running import Running
 from .sharing import Names
+from .token_bytes import token_bytes
 
-__all__ = ["CHUNK", "STORE", "Decoder", "token_bytes"]
+__all__ = ["CHUNK", "STORE", "Decoder"]
 
 CHUNK = 512
 """Tokens of prompts that one forward reads beside the rows that write."""
@@ -56,6 +59,7 @@ class Decoder:
         self._flight: tuple[tuple[Running, ...], Flight] | None = None
         self._made, self._count, self.sent_back = Made(), 0, 0  # the last: rows that made room
         self._known, self._tables = None, {}
+        self._captured = Captured(bank, self.store, self._forward) if picks(model.device) else None
 
     # ---- rows
 
@@ -77,8 +81,11 @@ class Decoder:
         if self.names.renew(blend):  # what was made of the old values serves nobody
             self._made, self._tables = Made(), {}
             self._flight = self._known = None
+            if self._captured is not None:
+                self._captured.clear()
         root = self.names.root(blend, scope)
         row = Running(route, blend, list(ids), Past(len(ids), place), whole, ahead, root, self._count)
+        row.shift = self.bank.shift_of(blend)
         self._count += 1
         self.waiting.append(row)
         return row
@@ -113,6 +120,8 @@ class Decoder:
         self._made.forget(self.bank)
         self.names.forget()
         self._flight = self._known = None
+        if self._captured is not None:
+            self._captured.forget()
 
     def _check(self, prompt: int, new: int, ahead: int) -> None:
         if self.positions is not None and prompt + new > self.positions:
@@ -136,7 +145,7 @@ class Decoder:
         done: list[tuple[list[Running], Tensor]] = []
         writing = self._with_room([row for row in self.rows if row.unread == 1 and row.past.own])
         if writing:
-            done.append((writing, self._run(self._flown(writing), writing, *[[1] * len(writing)] * 2)))
+            done.append((writing, self._stepped(writing)))
         entering = self._admitted()
         if entering:
             rows, counts = [row for row, _ in entering], [count for _, count in entering]
@@ -229,6 +238,20 @@ class Decoder:
 
     # ---- forwards
 
+    def _stepped(self, rows: list[Running]) -> Tensor:
+        """The logits of rows that have one new token each."""
+        logits = None if self._captured is None else self._captured.step(rows, self._made, self._tables)
+        if logits is not None:
+            for row in rows:
+                row.past.own += 1
+                self._name(row)
+            return logits
+        flight = self._flown(rows)
+        logits = self._run(flight, rows, *[[1] * len(rows)] * 2)
+        if self._captured is not None:
+            self._captured.note(rows, flight, self._tables)
+        return logits
+
     def _flown(self, rows: list[Running]) -> Flight:
         """The flight of rows that write; the same as at the last step where they are the same."""
         key = tuple(rows)
@@ -242,16 +265,11 @@ class Decoder:
 
     def _run(self, flight: Flight, rows: list[Running], counts: Sequence[int], heads: Sequence[int]) -> Tensor:
         """The logits (n, vocabulary) of the last token of each row that has read all it had."""
-        model: Any = self.bank.model
+        device = self.store.device
         ids = [token for row, n in zip(rows, counts, strict=True) for token in row.ids[row.past.own : row.past.own + n]]
-        given = torch.tensor([ids], device=model.device)
         ends = [sum(counts[: n + 1]) - 1 for n, head in enumerate(heads) if head]
-        index = torch.tensor(ends, dtype=torch.long, device=model.device)
-        with flight.step():
-            if self._picks:
-                logits = model(input_ids=given, logits_to_keep=index).logits[0]
-            else:
-                logits = model(input_ids=given).logits[0].index_select(0, index)
+        index = torch.tensor(ends, dtype=torch.long, device=device)
+        logits = self._forward(flight, torch.tensor([ids], device=device), index)
         for row in rows:
             self._name(row)
         if flight is not self._known:
@@ -259,20 +277,17 @@ class Decoder:
             self._made.keep(flight.route.going.values, flight.route.going.known)
         return logits
 
+    def _forward(self, flight: Flight, ids: Tensor, index: Tensor | None = None) -> Tensor:
+        """The logits (n, vocabulary) of the tokens that `index` (n,) names, of all where it is None."""
+        model: Any = self.bank.model
+        index = torch.arange(ids.shape[1], device=ids.device) if index is None else index
+        with flight.step():
+            if self._picks:
+                return model(input_ids=ids, logits_to_keep=index).logits[0]
+            return model(input_ids=ids).logits[0].index_select(0, index)
+
 
 def _has_room(model: Any) -> bool:
     """Whether a copy of the base takes a quarter of the free memory at most."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return model.device.type == "cpu" and 4 * size <= psutil.virtual_memory().available
-
-
-def token_bytes(bank: Bank) -> int:
-    """What the keys and values of one token take in all layers of a bank's base."""
-    model: Any = bank.model
-    inside = {module for stack in bank.base.stacks for module in stack.modules()}
-    seen = [shape for module, shape in bank.base.observed.heads.items() if module in inside]
-    if not seen:
-        raise UsageError("no attention was seen in this base, whose keys could be kept", "Write with padded rows.")
-    # Some compute attention several times a layer, with the same keys and values, or others.
-    numbers = sum(s.heads * (s.head_dim + s.value_dim) * max(1, len(s.value_heads or ())) for s in seen)
-    return numbers * model.dtype.itemsize

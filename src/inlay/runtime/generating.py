@@ -12,12 +12,13 @@ from inlay.bank.bank import Bank
 from inlay.batch.past import BLOCK
 from inlay.batch.route import normalise
 
-from .decode import CHUNK, STORE, Decoder, token_bytes
+from .decode import CHUNK, STORE, Decoder
 from .drawing import Drawing, TokenLogprobs, drawings, sample
 from .padded_writing import padded_tokens
 from .requests import Request, Token, end_tokens, vocabulary_of
 from .running import Running
 from .stops import Answer, Detokenizer
+from .token_bytes import token_bytes
 
 __all__ = ["Session", "generate"]
 

@@ -17,8 +17,8 @@ class Running:
     """A row in flight: the tokens `ids` that it was given and has written.
 
     It reads its prompt `whole`, in one forward, where its adapters need that. `ahead` keys of its adapters stand before
-    its tokens. `root` is what the names of its blocks begin with, `names` are those of the blocks that are full, and
-    `cached` tokens of its prompt were read by others before.
+    its tokens, and move their positions by `shift`. `root` is what the names of its blocks begin with, `names` are
+    those of the blocks that are full, and `cached` tokens of its prompt were read by others before.
     """
 
     route: RowSpec
@@ -32,6 +32,7 @@ class Running:
     names: list[Name] = field(default_factory=list)
     cached: int = 0
     lands: bool = True
+    shift: int = 0
 
     @property
     def unread(self) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 from inlay.bank.bank import Bank
 from inlay.errors import UsageError
-from inlay.runtime.decode import token_bytes
 from inlay.runtime.requests import end_tokens, vocabulary_of
 from inlay.runtime.stops import Answer
+from inlay.runtime.token_bytes import token_bytes
 from inlay.sites.positions import positions_of, table_size
 
 from .tickets import Ask

@@ -102,8 +102,8 @@ def open_service(settings: ServeSettings) -> Any:
     from inlay.bank.bank import attach
     from inlay.bases.beside import check_serves, with_head
     from inlay.bases.load import load_base
-    from inlay.runtime.decode import token_bytes
     from inlay.runtime.requests import vocabulary_of
+    from inlay.runtime.token_bytes import token_bytes
     from inlay.serve.adapters import AdapterStore
     from inlay.serve.engine import Engine
     from inlay.serve.experiments.store import Store
