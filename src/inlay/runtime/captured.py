@@ -1,5 +1,5 @@
 """Steps of rows that write, captured on a GPU: all kernels of a step start with one call, and the Python between them,
-which takes ten times as long as they do, does not run.
+which takes many times as long as they do, does not run.
 
 A step is captured for a number of rows and of blocks, not for certain rows: rows of any adapters whose products stand
 in tables go through it, each with the numbers of its own. Others' steps are captured for the rows that write together.
