@@ -101,7 +101,7 @@ class Bench:
         from inlay.runtime.decode import Decoder
 
         decoder = Decoder(self.bank, 2**30, 4096)
-        decoder._captured = decoder._captured if captured else None
+        decoder._captured.on &= captured
         for route, ids in zip(routes, self.prompts.tolist(), strict=False):
             decoder.add(route, ids, self.new + 8, scope=str(len(decoder.waiting)))
         times: list[float] = []

@@ -98,7 +98,7 @@ def test_other_adapters_go_through_the_same_step():
     check(bank, [f"a{n}" for n in range(12)], 12, decoder=decoder)
     # Sixteen rows are too many for four.
     assert check(bank, ["a3", "a9", "a9", None], 4, decoder=decoder)["first"] == 1
-    for rows in (["a7", "a1", "a2"], ["a11"], [None], [f"a{n}" for n in range(6)], [f"a{n}" for n in range(9)]):
+    for rows in (["a7", None, "a2"], ["a11"], [f"a{n}" for n in range(6)], [f"a{n}" for n in range(9)]):
         found = check(bank, rows, len(rows), decoder=decoder)
         assert found["all"] == NEW - 1 and not found["first"], rows
 
@@ -191,3 +191,66 @@ def test_tables_that_grow():
     for first in range(0, 40, 8):
         check(bank, [f"a{first + n}" for n in range(8)], 8, new=5, decoder=decoder)
     check(bank, ["a0", "a39", "a17", None], 4, decoder=decoder)
+
+
+def test_a_base_that_is_not_captured_writes_behind_prefixes_too():
+    """What a forward behind a prefix fails by has words of its own."""
+    bank = bank_with("qwen3_moe", {"prefix": inlay.PrefixTuning(num_virtual_tokens=3, init="random")})
+    assert check(bank, ["prefix", None, "prefix"], 3)["first"]
+
+
+def test_a_step_that_is_not_used_leaves_nothing_behind(monkeypatch):
+    """Its keys and values least of all: later tokens would read them."""
+    bank = bank_with("llama", {"a": inlay.LoRA(r=4)})
+    layer = bank.model.model.layers[0].self_attn.k_proj
+
+    def broken(run, pool):
+        weight = layer.weight.data.clone()
+        layer.weight.data.mul_(3)
+        made = record(run, pool)
+        layer.weight.data.copy_(weight)
+        wrong = made[0]
+
+        def replay():
+            layer.weight.data.mul_(3)
+            wrong()
+            layer.weight.data.copy_(weight)
+
+        return replay, made[1]
+
+    monkeypatch.setattr(captured, "record", broken)
+    decoder = Decoder(bank, 2**22)
+    check(bank, ["a", "a", None], 3, decoder=decoder)
+    assert not decoder._captured._steps
+
+
+def test_hooks_of_all_modules_are_called():
+    bank = bank_with("llama", {"a": inlay.LoRA(r=4)})
+    decoder, seen = Decoder(bank, 2**22), []
+    check(bank, ["a"], 1, decoder=decoder)
+    assert decoder._captured._steps
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    row = decoder.add("a", [5, 6, 7], 8)
+    try:
+        for step in range(6):
+            before = len(seen)
+            decoder.write(row, int(decoder.step()[1][0].argmax()))
+            assert len(seen) - before > 10, step
+    finally:
+        handle.remove()
+        decoder.end(row)
+
+
+def test_rows_that_are_no_numbers_do_not_end_it():
+    bank = bank_with("llama", {"bad": inlay.LoRA(r=4), "good": inlay.LoRA(r=4)})
+    for parameter in bank.parameters("bad"):
+        parameter.data.fill_(float("nan"))
+    decoder = Decoder(bank, 2**22)
+    for count in (1, 2, 4, 8):
+        rows = [decoder.add("bad", [5, 6, 7], 8, scope=str(n)) for n in range(count)]
+        for _ in range(4):
+            for row in decoder.step()[0]:
+                decoder.write(row, 5)
+        for row in rows:
+            decoder.end(row)
+    assert check(bank, ["good", "good"], 2, decoder=decoder)["all"] > NEW - 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import inlay
-from inlay.bank import steps
+from inlay.bank import applying, steps
 from inlay.errors import UsageError
 from inlay.runtime.decode import Decoder
 from inlay.runtime.generating import Session, generate
@@ -351,3 +351,49 @@ def test_a_single_row_takes_the_quick_ways(dtype, monkeypatch):
     before = len(seen)
     bank.model(input_ids=torch.tensor([[6]]))  # outside of a step nothing has changed
     assert len(seen) == before
+
+
+def test_a_company_of_known_adapters_is_not_laid_out_again(monkeypatch):
+    """Rows of adapters in tables leave and come back: no site is asked what it does, and each writes what it does
+    alone."""
+    bank = inlay.attach(make("llama", dtype=torch.float64))
+    torch.manual_seed(5)
+    for number in range(10):
+        bank.add(f"a{number}", inlay.LoRA(r=3 + number, targets="all-linear"))
+    bank.add("prompt", inlay.PromptTuning(num_virtual_tokens=3, init="vocab"))
+    for parameter in bank.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    asked, step_of = [], steps.step_of
+    monkeypatch.setattr(applying, "step_of", lambda *given: asked.append(given[1].site.path) or step_of(*given))
+    decoder = Decoder(bank, 2**24)
+    rows = [f"a{number % 10}" for number in range(14)] + ["prompt", None]
+    prompts = prompts_for(rows, 8)
+    for row, ids in zip(rows, prompts, strict=True):
+        decoder.add(row, ids, NEW, scope=str(len(decoder.waiting)))
+    first = [*decoder.waiting]
+    for count in range(2 * NEW):
+        before = len(asked)
+        ready, logits = decoder.step()
+        for row, own in zip(ready, logits, strict=True):
+            decoder.write(row, int(own.argmax()))
+            if len(row.written) == NEW - first.index(row) % 4:
+                decoder.end(row)
+        assert count < 2 or len(asked) == before
+        if not decoder.rows:
+            break
+    for row in first:
+        assert row.written == alone(bank, row.route, row.ids[: row.past.prompt], new=len(row.written))
+
+
+def test_adapters_that_move_positions_count_as_tokens_do():
+    bank = inlay.attach(make("gpt2", dtype=torch.float64))
+    bank.add("prefix", inlay.PrefixTuning(num_virtual_tokens=11, init="random"))
+    bank.add("prompt", inlay.PromptTuning(num_virtual_tokens=7, init="vocab"))
+    for name, own in (("prefix", 11), ("prompt", 7)):
+        decoder = Decoder(bank, 2**24)
+        with pytest.raises(UsageError, match=f"takes 40, its adapters {own}, and 20 new tokens"):
+            decoder.add(name, list(range(6, 46)), 20)
+        row = decoder.add(name, list(range(6, 46 - own)), 24)
+        while len(row.written) < 24:
+            decoder.write(row, int(decoder.step()[1][0].argmax()))
+        assert row.written == alone(bank, name, row.ids[: row.past.prompt], new=24)

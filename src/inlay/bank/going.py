@@ -58,7 +58,8 @@ class Goes:
         """What the adapters of a flight's rows do at every step; None where some of it has to be found anew at each.
         The flight has gone a step."""
         names = {name for blend in flight.route.blends for name, _ in blend}
-        return standing(flight.route.going.values, [self._lookup.adapters[name] for name in names])
+        going, adapters = flight.route.going, [self._lookup.adapters[name] for name in names]
+        return standing(going.values, going.known, len(flight.route.blends), adapters)
 
     @property
     def ignores_padding(self) -> bool:

@@ -12,7 +12,7 @@ from inlay.batch.forward import Forward
 
 from .steps import InputStep, Step
 
-__all__ = ["Ready", "hooks_around", "note_ready", "ready_at"]
+__all__ = ["SPOT", "Ready", "hooks_around", "note_ready", "ready_at"]
 
 SPOT = "ready"
 _everywhere: Any = nn.modules.module

@@ -1,15 +1,20 @@
 """What adapters do at every step of rows that go on, where nothing of it has to be found anew: such steps may be
-captured."""
+captured, or laid out for other rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
+import torch
+
+from inlay.kernels.bags import Bags
 from inlay.kernels.picked import Picked
 
 from .adapter import Adapter, Part
+from .ready import SPOT, Ready
 from .slots import Bagged
 from .steps import Step
 
@@ -19,34 +24,56 @@ OUTSIDE = ("attention", "tokens")
 """Kinds of sites that act through what stands before a row's tokens, once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Standing:
-    """`products` are those of tables, by the path of the layer; `alone` is whether adapters do nothing beside them."""
+    """What `count` rows do, by where a forward's values hold it: `steps`, and what is `ready` for calls of modules.
+    `products` are those of tables, by the path of the layer; `alone` is whether adapters do nothing beside them."""
 
-    products: Mapping[str, Picked]
+    count: int
+    steps: Mapping[Any, Step]
+    ready: Mapping[Any, Ready]
+    products: Mapping[str, Bags | Picked]
     alone: bool
 
+    def renewed(self, count: int, bags: Mapping[int, Bags | Picked | None]) -> dict[Any, Any] | None:
+        """The values of a forward of `count` other rows that do nothing but products, with `bags` in the place of those
+        here, by their id, or none; None where not every activation has a row for each."""
+        made: dict[int, Step] = {}
+        values: dict[Any, Any] = {}
+        for (kind, path, shape, dtype), step in self.steps.items():
+            renewed = [(act, bags[id(act.bags)]) for act in step.acts if isinstance(act, Bagged)]
+            acts = [replace(act, bags=own) for act, own in renewed if own is not None]
+            made[id(step)] = Step(step.site, acts, None)
+            if shape[:2] != (1, self.count):
+                return None
+            values[kind, path, torch.Size((1, count, *shape[2:])), dtype] = made[id(step)]
+        for spot, ready in self.ready.items():
+            if ready.shape[:2] != (1, self.count):
+                return None
+            shape = torch.Size((1, count, *ready.shape[2:]))
+            values[spot] = Ready(shape, ready.dtype, None, made[id(ready.step)])
+        return values
 
-def standing(values: Mapping[Any, Any], adapters: Iterable[Adapter]) -> Standing | None:
-    """What the `adapters` of a flight do, by the `values` that its first step has left; None where it is not all there,
-    or a part of it has to be found anew."""
-    steps, changes = dict[str, list[Step | None]](), []
-    for spot, found in values.items():
-        if isinstance(spot, tuple) and spot[0] == "step":
-            steps.setdefault(spot[1], []).append(found)
-        elif isinstance(spot, tuple) and spot[0] == "input step":
-            changes.append(found)
+
+def standing(values: Mapping[Any, Any], known: int, count: int, adapters: Iterable[Adapter]) -> Standing | None:
+    """What the `adapters` of `count` rows do, by the `values` that the first step has left behind those that were
+    `known`; None where it is not all there, or a part of it has to be found anew."""
+    new = [(spot, value) for spot, value in islice(values.items(), known, None) if isinstance(spot, tuple)]
+    steps: dict[Any, Step | None] = {spot: value for spot, value in new if spot[0] == "step"}
+    paths = {path for _, path, *_ in steps}
     for adapter in adapters:
         if adapter.uses or not all(map(_stays, adapter.parts)):
             return None
-        if not all(path in steps for part in adapter.parts for path in _paths(part)):
+        if not all(path in paths for part in adapter.parts for path in _paths(part)):
             return None
-    every = [step for own in steps.values() for step in own]
-    if any(step is None or step.rest is not None for step in every):
+    every = {spot: step for spot, step in steps.items() if step is not None and step.rest is None}
+    if len(every) < len(steps):
         return None
-    acts = [(path, act) for path, own in steps.items() for step in own if step is not None for act in step.acts]
-    products = {path: act.bags for path, act in acts if isinstance(act, Bagged) and isinstance(act.bags, Picked)}
-    return Standing(products, len(products) == len(acts) and not any(changes))
+    acts = [(spot[1], act) for spot, step in every.items() for act in step.acts]
+    products = {path: act.bags for path, act in acts if isinstance(act, Bagged)}
+    changed = any(value is not None for spot, value in new if spot[0] == "input step")
+    ready = {spot: value for spot, value in new if spot[0] == SPOT}
+    return Standing(count, every, ready, products, len(products) == len(acts) and not changed)
 
 
 def _stays(part: Part) -> bool:

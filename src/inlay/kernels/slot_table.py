@@ -57,9 +57,9 @@ class SlotTable:
             return Picked.of(tuple(slots), self._downs, tuple(self._ups))
         return Bags(tuple(slots), self._downs, tuple(self._ups))
 
-    def holds(self, picked: Picked) -> bool:
+    def holds(self, bags: Bags | Picked) -> bool:
         """Whether these products are those of the table as it is: it may have grown since."""
-        return picked.downs is self._downs
+        return bags.downs is self._downs
 
     def _free(self, products: Sequence[Factors]) -> tuple[int, ...]:
         count = units(len(products[0][0]))

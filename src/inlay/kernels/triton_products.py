@@ -61,7 +61,7 @@ def _low(
 
 @triton.jit
 def _add_high(
-    y, low, ups, numbers, width, first, columns, UNITS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
+    y, low, ups, numbers, width, first, columns, units, PARTS: tl.constexpr, RANK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     vector = tl.program_id(0).to(tl.int64)
@@ -69,8 +69,8 @@ def _add_high(
     there = column < width
     found = tl.load(y + vector * width + column, mask=there, other=0)
     total = found.to(low.dtype.element_ty)
-    for unit in tl.static_range(UNITS):
-        pair = vector * UNITS + unit
+    for unit in range(0, units):
+        pair = vector * units + unit
         slot = tl.load(numbers + pair)
         for rank in tl.static_range(RANK):
             own = tl.load(low + pair * PARTS * columns + first + rank)

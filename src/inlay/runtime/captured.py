@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,15 @@ from torch import Tensor
 
 from inlay.bank.bank import Bank
 from inlay.bank.going import Flight
+from inlay.bank.standing import Standing
 from inlay.batch.paged import Going
 from inlay.batch.past import Past, Store
 from inlay.batch.step_numbers import StepNumbers
-from inlay.kernels.picked import Picked
+from inlay.errors import UsageError
+from inlay.kernels.picked import Picked, picks
 
-from .companies import Companies, Company, Owner, up_to
-from .recording import hooked, near, record
+from .companies import Companies, Company, up_to
+from .recording import hooked, hooked_everywhere, near, record
 from .running import Running
 
 __all__ = ["Captured", "Forward"]
@@ -71,25 +73,24 @@ class _Step:
 
 
 class Captured:
-    """The captured steps of one decoder. What others hook onto the base's modules after a step was captured does not
-    run in it; where something is hooked on before, nothing is captured."""
+    """The captured steps of one decoder; none where it is not `on`, as on a CPU. What others hook onto the base's
+    modules after a step was captured does not run in it; where something is hooked on before, nothing is captured."""
 
-    def __init__(self, bank: Bank, store: Store, forward: Forward) -> None:
-        self.bank, self.store, self._forward = bank, store, forward
-        self._failed, self._pool = 0, None
+    def __init__(self, bank: Bank, store: Store, companies: Companies, forward: Forward) -> None:
+        self.bank, self.store, self._companies, self._forward = bank, store, companies, forward
+        self.on, self._pool = picks(store.device), None
         self.clear()
 
     def clear(self) -> None:
         """Forget all steps: adapters have other values."""
         self._steps: OrderedDict[Key, _Step] = OrderedDict()
-        self._companies = Companies()
         self._refused: set[Key] = set()
+        self._failed = 0
         self.forget()
 
     def forget(self) -> None:
         """Forget the steps of certain rows, which hold their adapters."""
         self._together: tuple[tuple[Running, ...], int, bool] = (), 0, False  # how often, and whether they may be
-        self._keys: tuple[tuple[Running, ...], list[tuple[Company, int]]] = (), []
         self._forget_rows()
 
     def _forget_rows(self) -> None:
@@ -99,15 +100,18 @@ class Captured:
     def step(self, rows: Sequence[Running], values: dict[Any, Any], tables: dict[Any, Any]) -> Tensor | None:
         """The logits (rows, vocabulary) of a step of `rows`, whose pasts are not moved on; None where it is not to be
         captured. `values` and `tables` are as in `inlay.batch.paged.Going`."""
-        if self._failed >= FAILURES or torch.is_autocast_enabled(self.store.device.type):
+        if not self.on or self._failed >= FAILURES:
+            return None
+        if torch.is_autocast_enabled(self.store.device.type) or hooked_everywhere():
             return None
         blocks = up_to(max(len(row.past.blocks) for row in rows), 4)
         shape = _rows(len(rows)), blocks, any(row.past.prefix for row in rows)
-        companies = self._companies_of(tuple(rows))
-        for key in (self._with_room(company, units, shape) for company, units in companies):
+        companies = self._companies.of(rows)
+        units = {company: company.units(self._companies.owners(rows)) for company in companies}
+        for key in (self._with_room(company, units[company], shape) for company in companies):
             if key is not None:
                 return self._through(key, rows, values, tables)
-        for key in ((TABLES, company, units, *shape) for company, units in companies):
+        for key in ((TABLES, company, units[company], *shape) for company in companies):
             if key not in self._refused:
                 return self._first(key, rows, values, tables)
         together, count, stands = self._together
@@ -115,32 +119,12 @@ class Captured:
             return self._through((ROWS, together, 1, len(rows), *shape[1:]), rows, values, tables)
         return None
 
-    def note(self, rows: Sequence[Running], flight: Flight, tables: dict[Any, Any]) -> None:
-        """The rows have gone a step uncaptured."""
+    def note(self, rows: Sequence[Running], found: Standing | None) -> None:
+        """The rows have gone a step uncaptured; `found` is what their adapters do, where they have not gone before."""
         together, count, stands = self._together
         if together != tuple(rows):
-            found = self.bank.standing(flight)
             together, count, stands = tuple(rows), 0, found is not None
-            if found is not None and found.alone and all(map(_alone, rows)):
-                self._learn(found.products, rows, tables)
         self._together = together, count + 1, stands
-
-    # ---- whose steps they are
-
-    def _owner(self, row: Running) -> Owner:
-        return self.bank.adapters[row.blend[0][0]] if row.blend else None
-
-    def _learn(self, products: Mapping[str, Picked], rows: Sequence[Running], tables: dict[Any, Any]) -> Company:
-        self._keys = (), []
-        return self._companies.learn(products, tables, map(self._owner, rows))
-
-    def _companies_of(self, rows: tuple[Running, ...]) -> list[tuple[Company, int]]:
-        """The companies that the rows' adapters may go with, with their units."""
-        if self._keys[0] != rows:
-            owners = [*map(self._owner, rows)] if all(map(_alone, rows)) else None
-            found = [] if owners is None else self._companies.of(owners)
-            self._keys = rows, [(company, company.units(owners or ())) for company in found]
-        return self._keys[1]
 
     def _with_room(self, company: Company, units: int, shape: tuple[int, int, bool]) -> Key | None:
         """The smallest captured step for at least so much; up to twice the rows and blocks a GPU is hardly slower."""
@@ -172,7 +156,7 @@ class Captured:
     def _tell(self, step: _Step, rows: tuple[Running, ...]) -> None:
         """The slots of each row in the tables of a step."""
         if step.company is not None and step.told != rows:
-            step.slots.copy_(step.company.slots([*map(self._owner, rows)], *step.slots.shape[1:]))
+            step.slots.copy_(step.company.slots(self._companies.owners(rows), *step.slots.shape[1:]))
             step.told = rows
 
     def _first(self, key: Key, rows: Sequence[Running], values: dict[Any, Any], tables: dict[Any, Any]) -> Tensor:
@@ -193,21 +177,24 @@ class Captured:
         self, key: Key, rows: Sequence[Running], numbers: StepNumbers, flight: Flight, logits: Tensor,
         tables: dict[Any, Any],
     ) -> None:  # fmt: skip
-        found, own = self.bank.standing(flight), key[0] == ROWS
-        self._refuse(key)
-        if found is None or not (own or found.alone) or hooked(self.bank.model):
+        if hooked(self.bank.model) or not logits[: len(rows)].isfinite().all():
             return
-        company, picked, units = None, list[Picked](), 1
-        if own:
+        found, own = self.bank.standing(flight), key[0] == ROWS
+        company = None if own else self._companies.learn(found, rows, tables)
+        self._refuse(key)
+        if found is None or (company is None and not own):
+            return
+        picked, units = list[Picked](), 1
+        if company is None:
             self._forget_rows()
         else:
-            company = self._learn(found.products, rows, tables)
-            units = company.units(map(self._owner, rows))
+            units = company.units(self._companies.owners(rows))
             key = (TABLES, company, units, *key[3:])
-            every = list(found.products.values())
+            every = [one for one in found.products.values() if isinstance(one, Picked)]
             picked = [next(one for one in every if table.holds(one)) for table in company.tables]
         slots = torch.zeros(len(picked), len(logits), units, dtype=torch.long, device=logits.device)
-        step = _Step(numbers, logits, company, picked, slots, flight if own else None)
+        buffers = list(self.bank.model.buffers())  # a base may put others in their place
+        step = _Step(numbers, logits, company, picked, slots, (flight if own else None, buffers))
         for one, numbers_of in zip(picked, slots, strict=True):
             one.numbers = numbers_of
         self._tell(step, tuple(rows))
@@ -220,6 +207,8 @@ class Captured:
         self._refused.discard(key)
         if key[0] == ROWS:
             self._together = (*self._together[:2], True)
+        for old in [old for old, kept in self._steps.items() if not kept.stands()]:
+            del self._steps[old]
         while len(self._steps) > MOST:
             self._steps.popitem(last=False)
 
@@ -234,35 +223,32 @@ class Captured:
     # ---- what is captured is checked
 
     def _records(self, step: _Step, flight: Flight, logits: Tensor) -> bool:
-        """Capture a step that gave its rows `logits`, and see that it gives what it gives uncaptured: now, and with
-        other numbers, so that nothing of one step alone stands in it."""
-        real = len(logits)
-        true, other = step.numbers.whole.clone(), step.numbers.earlier(self.store.spare)
+        """Capture a step that gave its rows `logits`, and see that it gives what it gives uncaptured: with other
+        numbers, so that nothing of one step alone stands in it, and then with those of now. What the rows' blocks hold
+        is the step's own, whatever comes of it."""
+        real, ids = len(logits), step.numbers.ids
+        true = step.numbers.whole.clone()
+        step.numbers.whole.copy_(step.numbers.earlier(self.store.spare))
         try:
             if self._pool is None and logits.is_cuda:
                 self._pool = torch.cuda.graph_pool_handle()
-            step.replay, step.logits = record(lambda: self._forward(flight, step.numbers.ids), self._pool)
-            step.numbers.whole.copy_(other)
-            expected = self._forward(flight, step.numbers.ids)
+            expected = self._forward(flight, ids)
+            step.replay, step.logits = record(lambda: self._forward(flight, ids), self._pool)
             step.replay()
             same = near(step.logits[:real], expected[:real])
-            step.numbers.whole.copy_(true)
-            step.replay()
-            same &= near(step.logits[:real], logits)
-        except RuntimeError as error:  # a base that asks the GPU for a number meanwhile cannot be captured
-            step.numbers.whole.copy_(true)
+        except (RuntimeError, UsageError) as error:  # a base that asks the GPU for a number cannot be captured
             log.info("a step is not captured: %s", str(error).partition("\n")[0])
-            same = False
-        else:
+            same = None
+        step.numbers.whole.copy_(true)
+        if same:
+            step.replay()
+            same = near(step.logits[:real], logits)
             if not same:
-                log.warning("a captured step gave other logits than the step itself, and is not used")
+                self._forward(flight, ids)
+        if same is False:
+            log.warning("a captured step gave other logits than the step itself, and is not used")
         self._failed += not same
-        return same
-
-
-def _alone(row: Running) -> bool:
-    """Whether a row has one adapter at most, with no weight."""
-    return len(row.blend) < 2 and all(weight is None for _, weight in row.blend)
+        return bool(same)
 
 
 def _single(row: Running) -> tuple[Past, int, int]:

@@ -19,10 +19,10 @@ from inlay.batch.pages import StoreFull
 from inlay.batch.past import BLOCK, Past, Store
 from inlay.batch.route import RowSpec
 from inlay.errors import UsageError
-from inlay.kernels.picked import picks
 from inlay.sites.positions import positions_of
 
 from .captured import Captured
+from .companies import Companies
 from .made import Made
 from .running import Running
 from .sharing import Names
@@ -57,9 +57,10 @@ class Decoder:
         self.waiting: deque[Running] = deque()
         self.rows: list[Running] = []
         self._flight: tuple[tuple[Running, ...], Flight] | None = None
-        self._made, self._count, self.sent_back = Made(), 0, 0  # the last: rows that made room
-        self._known, self._tables = None, {}
-        self._captured = Captured(bank, self.store, self._forward) if picks(model.device) else None
+        self._made, self._known, self._tables = Made(), None, {}
+        self._count, self.sent_back = 0, 0  # the last: rows that made room
+        self._companies = Companies(bank)
+        self._captured = Captured(bank, self.store, self._companies, self._forward)
 
     # ---- rows
 
@@ -72,8 +73,10 @@ class Decoder:
             raise UsageError("the prompt has no tokens", "Give some words.")
         blend = self.bank.take_off(route)
         try:
-            ahead = sum(a.prefix_length + a.virtual_length for a in (self.bank.adapters[name] for name, _ in blend))
-            self._check(len(ids), new, ahead)
+            shift, adapters = self.bank.shift_of(blend), [self.bank.adapters[name] for name, _ in blend]
+            virtual = sum(adapter.virtual_length for adapter in adapters)
+            ahead = virtual + sum(adapter.prefix_length for adapter in adapters)
+            self._check(len(ids), new, ahead, virtual + shift)
         except UsageError:
             self.bank.land(blend)
             raise
@@ -81,11 +84,10 @@ class Decoder:
         if self.names.renew(blend):  # what was made of the old values serves nobody
             self._made, self._tables = Made(), {}
             self._flight = self._known = None
-            if self._captured is not None:
-                self._captured.clear()
+            self._companies.clear()
+            self._captured.clear()
         root = self.names.root(blend, scope)
-        row = Running(route, blend, list(ids), Past(len(ids), place), whole, ahead, root, self._count)
-        row.shift = self.bank.shift_of(blend)
+        row = Running(route, blend, list(ids), Past(len(ids), place), whole, ahead, shift, root, self._count)
         self._count += 1
         self.waiting.append(row)
         return row
@@ -120,14 +122,14 @@ class Decoder:
         self._made.forget(self.bank)
         self.names.forget()
         self._flight = self._known = None
-        if self._captured is not None:
-            self._captured.forget()
+        self._companies.forget()
+        self._captured.forget()
 
-    def _check(self, prompt: int, new: int, ahead: int) -> None:
-        if self.positions is not None and prompt + new > self.positions:
+    def _check(self, prompt: int, new: int, ahead: int, moved: int) -> None:
+        if self.positions is not None and prompt + new + moved > self.positions:
+            own = f"the prompt takes {prompt}," + (f" its adapters {moved}," if moved else "")
             raise UsageError(
-                f"the base has {self.positions} positions for a row; the prompt takes {prompt}, and {new} new tokens "
-                "are asked for",
+                f"the base has {self.positions} positions for a row; {own} and {new} new tokens are asked for",
                 "Give a shorter prompt, or write fewer tokens.",
             )
         self.store.check_fits(prompt + new + ahead)
@@ -149,8 +151,8 @@ class Decoder:
         entering = self._admitted()
         if entering:
             rows, counts = [row for row, _ in entering], [count for _, count in entering]
-            ends = [row.unread == count for row, count in entering]
-            logits = self._run(self._begun(rows, counts, ends), rows, counts, [int(end) for end in ends])
+            ends = [int(row.unread == count) for row, count in entering]
+            logits = self._run(self._begun(rows, counts, ends, {}), rows, counts, ends)
             ready = [row for row, end in zip(rows, ends, strict=True) if end]
             if ready:
                 done.append((ready, logits))
@@ -240,28 +242,33 @@ class Decoder:
 
     def _stepped(self, rows: list[Running]) -> Tensor:
         """The logits of rows that have one new token each."""
-        logits = None if self._captured is None else self._captured.step(rows, self._made, self._tables)
+        logits = self._captured.step(rows, self._made, self._tables)
         if logits is not None:
             for row in rows:
                 row.past.own += 1
                 self._name(row)
             return logits
-        flight = self._flown(rows)
+        flight, first = self._flown(rows)
         logits = self._run(flight, rows, *[[1] * len(rows)] * 2)
-        if self._captured is not None:
-            self._captured.note(rows, flight, self._tables)
+        found = self.bank.standing(flight) if first else None
+        self._companies.learn(found, rows, self._tables)
+        self._captured.note(rows, found)
         return logits
 
-    def _flown(self, rows: list[Running]) -> Flight:
-        """The flight of rows that write; the same as at the last step where they are the same."""
+    def _flown(self, rows: list[Running]) -> tuple[Flight, bool]:
+        """The flight of rows that write, the same as at the last step where they are the same; and whether it has to
+        find out what their adapters do."""
         key = tuple(rows)
-        if self._flight is None or self._flight[0] != key:
-            self._flight = key, self._begun(rows, [1] * len(rows), [True] * len(rows))
-        return self._flight[1]
+        if self._flight is not None and self._flight[0] == key:
+            return self._flight[1], False
+        known, ones = self._companies.values(rows), [1] * len(rows)
+        self._flight = key, self._begun(rows, ones, ones, known or {})
+        return self._flight[1], known is None
 
-    def _begun(self, rows: list[Running], counts: Sequence[int], ends: Sequence[bool]) -> Flight:
-        going = Going(self.store, [row.past for row in rows], dict(self._made), self._tables, len(self._made))
-        return self.bank.going_on([row.route for row in rows], counts, [int(end) for end in ends], going)
+    def _begun(self, rows: list[Running], counts: Sequence[int], ends: Sequence[int], known: dict[Any, Any]) -> Flight:
+        values = {**self._made, **known}
+        going = Going(self.store, [row.past for row in rows], values, self._tables, len(values))
+        return self.bank.going_on([row.route for row in rows], counts, ends, going)
 
     def _run(self, flight: Flight, rows: list[Running], counts: Sequence[int], heads: Sequence[int]) -> Tensor:
         """The logits (n, vocabulary) of the last token of each row that has read all it had."""

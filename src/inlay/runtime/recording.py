@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inlay.bank.hooks import Hook
 
-__all__ = ["hooked", "near", "record"]
+__all__ = ["hooked", "hooked_everywhere", "near", "record"]
 
 
 def record(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
@@ -19,7 +19,7 @@ def record(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Te
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             made = run()
-    except RuntimeError:
+    except BaseException:
         # The generator of random numbers takes itself to be captured still, and would draw no more.
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())
@@ -36,6 +36,12 @@ def hooked(model: nn.Module) -> bool:
         for hook in own.values()
     )
     return any(not isinstance(hook, Hook) for hook in hooks)
+
+
+def hooked_everywhere() -> bool:
+    """Whether torch calls hooks around the modules of all models."""
+    every = nn.modules.module
+    return bool(every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 def near(ours: Tensor, expected: Tensor) -> bool:

@@ -27,12 +27,12 @@ class Running:
     past: Past
     whole: bool
     ahead: int
+    shift: int
     root: Root
     age: int
     names: list[Name] = field(default_factory=list)
     cached: int = 0
     lands: bool = True
-    shift: int = 0
 
     @property
     def unread(self) -> int:
