@@ -34,6 +34,7 @@ from rich.console import Console
 ROWS, PROMPT = 32, 32
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+CHANGES = (12, 16, 20)
 WARM = 8 if CUDA else 4  # the first ones are captured on a GPU
 MARKS = "<!-- decode on a GPU: begin -->" if CUDA else "<!-- decode: begin -->"
 EIGHT = {
@@ -96,8 +97,8 @@ class Bench:
             wrapped.add_adapter(f"a{number}", config())
         return wrapped.eval()
 
-    def ours(self, routes: list[Any], joins: bool = False, captured: bool = True) -> list[float]:
-        """The seconds of each step; with `joins`, of those in which a row comes, less its own prompt's."""
+    def ours(self, routes: list[Any], change: str = "", captured: bool = True) -> list[float]:
+        """The seconds of each step; before the steps of CHANGES a row "joins" or "leaves", as `change` says."""
         from inlay.runtime.decode import Decoder
 
         decoder = Decoder(self.bank, 2**30, 4096)
@@ -106,7 +107,9 @@ class Bench:
             decoder.add(route, ids, self.new + 8, scope=str(len(decoder.waiting)))
         times: list[float] = []
         while len(times) < self.new:
-            if joins and len(times) in (12, 16, 20):
+            if change == "leaves" and len(times) in CHANGES:
+                decoder.end(decoder.rows[0])
+            if change == "joins" and len(times) in CHANGES:
                 decoder.add(routes[0], self.prompts[len(times)].tolist(), self.new, scope=f"later {len(times)}")
             begun = time.perf_counter()
             rows, logits = decoder.step()
@@ -182,15 +185,16 @@ def measured(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
         for name, side in bench.sides().items():
             times.setdefault(name, []).extend(side()[WARM:])
             console.print(f"{dtype}, round {round_ + 1}, {name}: {1e3 * statistics.median(times[name]):.2f} ms")
-    steps = bench.ours([f"lora {n}" for n in range(ROWS)], joins=True)
+    steps, fewer = (bench.ours([f"lora {n}" for n in range(ROWS)], change) for change in ("joins", "leaves"))
     alone = bench.ours(["lora 0"])[0]
-    plain = statistics.median(steps[n] for n in range(WARM, a.new) if n not in (12, 13, 16, 17, 20, 21))
+    plain = statistics.median(steps[n] for n in range(WARM, a.new) if n not in CHANGES and n - 1 not in CHANGES)
     return {
         "ms": {name: 1e3 * statistics.median(own) for name, own in times.items()},
         "join": {
             "step": 1e3 * plain, "own prompt": 1e3 * alone,
-            "its step": 1e3 * statistics.median(steps[n] for n in (12, 16, 20)),
-            "the step behind it": 1e3 * statistics.median(steps[n] for n in (13, 17, 21)),
+            "its step": 1e3 * statistics.median(steps[n] for n in CHANGES),
+            "the step behind it": 1e3 * statistics.median(steps[n + 1] for n in CHANGES),
+            "a step that a row has left": 1e3 * statistics.median(fewer[n] for n in CHANGES),
         },
         "memory": memory(bench.bank), "threads": torch.get_num_threads(),
         "where": f"{torch.cuda.get_device_name()}, random Llama {a.shape}" if CUDA else "",
@@ -256,12 +260,14 @@ def table(found: dict[str, Any]) -> str:
                 share = f"32 LoRAs here are {value / ms['32 LoRAs']:.1f} times as fast"
             lines.append(f"| {name} | {value:.2f} | {1e3 * rows[name] / value:.0f} | {share} |")
         join, held = own["join"], own["memory"]
+        left = join.get("a step that a row has left")
+        left = "" if left is None else f", and one that a row has left {left:.1f}"
         where = f"{own['where']}." if own.get("where") else f"{own['threads']} threads."
         lines += [
             "",
             f"A row that joins 32 with LoRAs: its step takes {join['its step']:.0f} ms, where a step takes "
             f"{join['step']:.1f} and reading its prompt alone {join['own prompt']:.0f}; the step behind it "
-            f"{join['the step behind it']:.1f}. A LoRA's file has {held['file'] / 2**20:.2f} MiB, and "
+            f"{join['the step behind it']:.1f}{left}. A LoRA's file has {held['file'] / 2**20:.2f} MiB, and "
             f"{held['held'] / 2**20:.2f} MiB are held for it while its rows write "
             f"({held['held'] / held['file']:.2f} times). {where}",
             "",

@@ -342,3 +342,19 @@ def test_adapters_are_replaced_and_dropped_under_traffic(tmp_path):
             thread.join(60)
         assert not wrong and len(done) > 12 and set(unknown) <= {"a2"}
         until(lambda: len(engine.bank.adapters) <= 3)
+
+
+def test_an_answer_ends_where_an_adapter_leaves_no_position(tmp_path):
+    """Who asks for all the positions of a base need not know what its adapters take; what leaves none is refused."""
+    bank = inlay.attach(make("gpt2"))
+    bank.add("prefix", inlay.PrefixTuning(num_virtual_tokens=11, init="random"))
+    bank.add("prompt", inlay.PromptTuning(num_virtual_tokens=7, init="random"))
+    for name in bank.adapters:
+        bank.save(name, tmp_path / name)
+    with serving(tmp_path, "gpt2", store=2**24) as engine:
+        for name, left in ((None, 54), ("prefix", 43), ("prompt", 47)):
+            tokens = list(engine.submit(ask(name, range(10, 20), 54)).tokens())
+            assert len(tokens) == left and tokens[-1].finish_reason == "length"
+        error = answer(engine, "prefix", range(5, 42), 20)
+        assert len(error) == 64 - 37 - 11
+        assert "its adapters 11, and 4 new tokens" in str(answer(engine, "prefix", [7] * 60, 4))

@@ -54,6 +54,11 @@ class Goes:
         (backbone,) = self.base.backbones
         return self._lookup.shift(backbone, blend)
 
+    def taken_by(self, row: RowSpec) -> int:
+        """Positions that a row's adapters take from its tokens: those of virtual tokens, and a prefix's."""
+        blend = self._checked(row)
+        return self._lookup.virtual_length(blend) + self.shift_of(blend)
+
     def standing(self, flight: Flight) -> Standing | None:
         """What the adapters of a flight's rows do at every step; None where some of it has to be found anew at each.
         The flight has gone a step."""

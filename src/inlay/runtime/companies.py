@@ -63,11 +63,10 @@ class Company:
     def values(self, owners: Sequence[Owner]) -> dict[Any, Any] | None:
         """The values of a forward of rows with these adapters, one new token each; None where they have to be found, as
         where adapters are so few that each one's product is computed by itself."""
+        self.settle()
         if self._found is None:
             return None
         found, bags = self._found
-        if not all(table.holds(one) for table, one in zip(self.tables, bags, strict=True)):
-            return None
         counts = Counter(owner for owner in owners if owner is not None)
         new: dict[int, Any] = {}
         for number, (table, one) in enumerate(zip(self.tables, bags, strict=True)):
@@ -78,6 +77,12 @@ class Company:
             slots = self._of(number, owners)
             new[id(one)] = table.bags(slots) if any(slots) else None
         return found.renewed(len(owners), new)
+
+    def settle(self) -> None:
+        """Let go of products in tables that have grown since: they are copied there."""
+        found = self._found
+        if found is not None and not all(t.holds(one) for t, one in zip(self.tables, found[1], strict=True)):
+            self._found = None
 
     def _of(self, table: int, owners: Sequence[Owner]) -> Slots:
         return tuple(() if owner is None else self._slots[owner][table] for owner in owners)
@@ -115,6 +120,8 @@ class Companies:
             return None
         company = self._known.setdefault(frozenset(whole.items()), Company(whole))
         company.learn(found, self.owners(rows))
+        for known in self._known.values():
+            known.settle()
         self.forget()
         return company
 

@@ -73,10 +73,8 @@ class Decoder:
             raise UsageError("the prompt has no tokens", "Give some words.")
         blend = self.bank.take_off(route)
         try:
-            shift, adapters = self.bank.shift_of(blend), [self.bank.adapters[name] for name, _ in blend]
-            virtual = sum(adapter.virtual_length for adapter in adapters)
-            ahead = virtual + sum(adapter.prefix_length for adapter in adapters)
-            self._check(len(ids), new, ahead, virtual + shift)
+            ahead = sum(a.prefix_length + a.virtual_length for a in (self.bank.adapters[name] for name, _ in blend))
+            self._check(len(ids), new, ahead, self.bank.taken_by(route))
         except UsageError:
             self.bank.land(blend)
             raise
@@ -87,7 +85,9 @@ class Decoder:
             self._companies.clear()
             self._captured.clear()
         root = self.names.root(blend, scope)
-        row = Running(route, blend, list(ids), Past(len(ids), place), whole, ahead, shift, root, self._count)
+        row = Running(
+            route, blend, list(ids), Past(len(ids), place), whole, ahead, self.bank.shift_of(blend), root, self._count
+        )
         self._count += 1
         self.waiting.append(row)
         return row

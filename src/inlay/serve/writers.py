@@ -91,8 +91,19 @@ class PackedWriter:
         return promised + _blocks(prompt) + pages.blocks // 50 <= pages.free
 
     def add(self, number: int, request: Request) -> None:
-        self._session.add(number, request)
+        self._session.add(number, self._fitting(request))
         self._answers[number] = request.sampling.n
+
+    def _fitting(self, request: Request) -> Request:
+        """A request that the base has positions for but for its adapters, which nobody had to know, writes fewer."""
+        decoder, sampling, prompt = self._session.decoder, request.sampling, len(request.ids)
+        if decoder.positions is None or prompt + sampling.max_new_tokens > decoder.positions:
+            return request
+        new = decoder.positions - prompt - decoder.bank.taken_by(request.route)
+        if not 0 < new < sampling.max_new_tokens:
+            return request
+        least = min(new, sampling.min_new_tokens)
+        return replace(request, sampling=replace(sampling, max_new_tokens=new, min_new_tokens=least))
 
     def cancel(self, number: int) -> None:
         self._session.cancel(number)
