@@ -47,6 +47,7 @@ FAILURES = 3
 
 TABLES, ROWS = "tables", "rows"
 """Kinds of captured steps: for a company, or for certain rows."""
+Values = dict[Any, Any]
 Key = tuple[Any, ...]
 """Of a captured step: its kind, whose it is, its slots in a table, rows, blocks, and whether any row has a prefix."""
 
@@ -97,7 +98,7 @@ class Captured:
         for key in [key for key in self._steps if key[0] == ROWS]:
             del self._steps[key]
 
-    def step(self, rows: Sequence[Running], values: dict[Any, Any], tables: dict[Any, Any]) -> Tensor | None:
+    def step(self, rows: Sequence[Running], values: Values, tables: Values) -> Tensor | None:
         """The logits (rows, vocabulary) of a step of `rows`, whose pasts are not moved on; None where it is not to be
         captured. `values` and `tables` are as in `inlay.batch.paged.Going`."""
         if not self.on or self._failed >= FAILURES:
@@ -143,7 +144,7 @@ class Captured:
 
     # ---- steps
 
-    def _through(self, key: Key, rows: Sequence[Running], values: dict[Any, Any], tables: dict[Any, Any]) -> Tensor:
+    def _through(self, key: Key, rows: Sequence[Running], values: Values, tables: Values) -> Tensor | None:
         step = self._steps.get(key)
         if step is None:
             return self._first(key, rows, values, tables)
@@ -159,8 +160,10 @@ class Captured:
             step.slots.copy_(step.company.slots(self._companies.owners(rows), *step.slots.shape[1:]))
             step.told = rows
 
-    def _first(self, key: Key, rows: Sequence[Running], values: dict[Any, Any], tables: dict[Any, Any]) -> Tensor:
-        """Go a step as it is, and capture it for those to come."""
+    def _first(self, key: Key, rows: Sequence[Running], values: Values, tables: Values) -> Tensor | None:
+        """Go a step as it is, and capture it for those to come; None where others have hooked something on."""
+        if hooked(self.bank.model):
+            return None
         _, _, _, count, blocks, prefixed = key
         numbers = StepNumbers.room(count, blocks, prefixed, self.store.device)
         numbers.fill([_single(row) for row in rows], self.store.spare)
@@ -175,9 +178,9 @@ class Captured:
 
     def _capture(
         self, key: Key, rows: Sequence[Running], numbers: StepNumbers, flight: Flight, logits: Tensor,
-        tables: dict[Any, Any],
+        tables: Values,
     ) -> None:  # fmt: skip
-        if hooked(self.bank.model) or not logits[: len(rows)].isfinite().all():
+        if not logits[: len(rows)].isfinite().all():
             return
         found, own = self.bank.standing(flight), key[0] == ROWS
         company = None if own else self._companies.learn(found, rows, tables)
