@@ -112,7 +112,7 @@ def test_it_is_checked_what_is_declared():
 
     lines = [*extras.plain_packages(), *(line for extra in extras.EXTRAS for line in extras.extra_packages(extra))]
     declared = {doctor._module(doctor._split(line)[0]) for line in lines}
-    own = {"inlay", *sys.stdlib_module_names}
+    own = {"inlay", "triton", *sys.stdlib_module_names}  # torch brings Triton where CUDA is; it is looked for before
     for file in Path(inlay.__path__[0]).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -143,9 +143,10 @@ def test_virtual_tokens_are_changed_by_nobody_elses_hooks():
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate_prepares_a_module_of_base_and_adapter(precision):
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)
+    GradientState._reset_state()  # a loop that was left while it accumulates would keep every optimizer from stepping
 
     def train(prepared):
         bank = shaken(inlay.LoRA(r=4, loraplus_lr_ratio=4))
