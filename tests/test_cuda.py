@@ -222,7 +222,7 @@ def test_picked_products(dtype):
 def test_attention_over_blocks(dtype, shape):
     """What stands behind a row's last key is not read, whatever it is."""
     pytest.importorskip("triton")
-    from inlay.kernels.triton_attention import attend
+    from inlay.kernels.gpu.attention import attend
 
     torch.manual_seed(0)
     shared, group, dim, width = shape

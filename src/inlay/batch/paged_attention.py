@@ -168,7 +168,7 @@ class Singles:
         if is_own(plain) or picks(q.device):
             if is_own(plain) or not (kernels_for(q) and q.itemsize <= 4):
                 return self._gathered(plain, module, q, layer, mask, rest)
-            from inlay.kernels.triton_attention import attend
+            from inlay.kernels.gpu.attention import attend
 
             own, seen = q[0].transpose(0, 1), self._mask(mask)[:, 0, 0]
             return attend(own, *layer, self.reading.table, self.reading.keys, seen, scaling)

@@ -57,7 +57,7 @@ class Picked:
     def low(self, x: Tensor) -> Tensor:
         """What D gives for x (vectors, in): (vectors, units, 8 n), or parts of it that `add_high` sums up."""
         if kernels_for(x):
-            from .triton_products import low
+            from .gpu.products import low
 
             return low(x, self.downs, self.numbers)
         vectors, units = self.numbers.shape
@@ -68,7 +68,7 @@ class Picked:
     def add_high(self, y: Tensor, low: Tensor, layer: int) -> None:
         """Add to y (vectors, out) what U of one layer gives for `low`."""
         if kernels_for(y):
-            from .triton_products import add_high
+            from .gpu.products import add_high
 
             add_high(y, low, self.ups[layer], self.numbers, layer)
             return
