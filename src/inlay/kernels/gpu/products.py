@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..bags import RANK
+from inlay.kernels.bags import RANK
 
 __all__ = ["add_high", "low"]
 
