@@ -14,7 +14,7 @@ from inlay.kernels import picked
 from inlay.runtime import captured
 from inlay.runtime.decode import Decoder
 from tape import record
-from test_decode import alone
+from test_decode import alone, written
 from test_laws import bank_of
 from zoo import make
 
@@ -70,18 +70,11 @@ def check(bank, rows, at_once, new=NEW, decoder=None):
         (row, torch.randint(6, 48, (3 + 4 * n % 11,), generator=generator).tolist(), new, 0, f"{n}")
         for n, row in enumerate(rows)
     ]
-    going, later = [decoder.add(*own) for own in asked[:at_once]], asked[at_once:]
-    while decoder.rows or decoder.waiting or later:
-        if later:
-            going.append(decoder.add(*later.pop(0)))
-        ready, logits = decoder.step()
-        for row, own in zip(ready, [] if logits is None else logits, strict=True):
-            decoder.write(row, int(own.argmax()))
-            if len(row.written) == new:
-                decoder.end(row)
-    assert decoder.store.pages.free == decoder.store.pages.blocks
+    for own in asked[:at_once]:
+        decoder.add(*own)
+    going = written(decoder, asked[at_once:], new)
     for (row, ids, *_), own in zip(asked, going, strict=True):
-        assert own.written == alone(bank, row, ids, new=new), row
+        assert own == alone(bank, row, ids, new=new), row
     return found
 
 

@@ -14,7 +14,7 @@ from inlay.runtime.memory import TokenBudget
 from inlay.training.loop import add_learners, train_steps
 from inlay.training.plan import Plan
 from test_crash import broken_off, content, reviews, settings  # noqa: F401
-from test_decode import BASES, everyone, prompts_for
+from test_decode import BASES, everyone, prompts_for, written
 from test_experts import FAMILIES, randomise
 from test_experts import make as make_mixture
 from test_laws import PACKS, bank_of, gradients, ids_of, padded, rows_of
@@ -155,20 +155,11 @@ def test_rows_that_come_and_go_write_the_same_tokens(name):
     """Every method and mixtures of them, in steps that are captured and others, beside a CPU."""
     here, there = two_banks(name)
     rows = [*everyone(here), *["small", "wide", None, "prompt", "short", "small"] * 2]
-    written = []
+    asked, made = [(row, ids, 12) for row, ids in zip(rows, prompts_for(rows), strict=True)], []
     for bank in (here, there):
-        decoder, made = Decoder(bank, 2**24, 16), []
-        asked = [(row, ids, 12) for row, ids in zip(rows, prompts_for(rows), strict=True)]
-        while asked or decoder.rows or decoder.waiting:
-            if asked:
-                made.append(decoder.add(*asked.pop(0)))
-            ready, logits = decoder.step()
-            for row, own in zip(ready, [] if logits is None else logits, strict=True):
-                decoder.write(row, int(own.argmax()))
-                if len(row.written) == 12:
-                    decoder.end(row)
-        written.append([row.written for row in made])
-    assert written[0] == written[1]
+        decoder = Decoder(bank, 2**24, 16)
+        made.append(written(decoder, asked, 12))
+    assert made[0] == made[1]
     if name in ("llama", "qwen3", "gemma3", "gpt2", "mistral", "phi3"):
         assert decoder._captured._steps
 

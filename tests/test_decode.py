@@ -46,8 +46,8 @@ def alone(bank, row, ids, place=0, new=NEW):
     return out[0, 1 if bank.model.config.is_encoder_decoder else len(ids) :].tolist()
 
 
-def written(decoder, later=()):
-    """Greedy tokens of all rows; `later` are added one a step."""
+def written(decoder, later=(), new=NEW):
+    """The `new` greedy tokens of each row; `later` are added one a step."""
     later, rows = list(later), [*decoder.waiting]
     while decoder.rows or decoder.waiting or later:
         if later:
@@ -55,7 +55,7 @@ def written(decoder, later=()):
         ready, logits = decoder.step()
         for row, own in zip(ready, [] if logits is None else logits, strict=True):
             decoder.write(row, int(own.argmax()))
-            if len(row.written) == NEW:
+            if len(row.written) == new:
                 decoder.end(row)
     assert decoder.store.pages.free == decoder.store.pages.blocks
     return [row.written for row in rows]

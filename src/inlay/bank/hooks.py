@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from inlay.kernels.standin import StandIn
 from inlay.sites.uncompiled import Uncompiled, forget_compiled, never_compiled
 
-__all__ = ["Hook", "strip"]
+__all__ = ["Hook", "hooked", "strip"]
 
 
 class Hook:
@@ -57,6 +57,12 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _none, ()
+
+
+def hooked(model: nn.Module) -> bool:
+    """Whether others have hooked something onto a model's modules."""
+    every = (own for module in model.modules() for own in (module._forward_hooks, module._forward_pre_hooks))
+    return any(not isinstance(hook, Hook) for hooks in every for hook in hooks.values())
 
 
 def strip(model: nn.Module) -> None:

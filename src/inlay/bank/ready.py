@@ -12,7 +12,7 @@ from inlay.batch.forward import Forward
 
 from .steps import InputStep, Step
 
-__all__ = ["SPOT", "Ready", "hooks_around", "note_ready", "ready_at"]
+__all__ = ["SPOT", "Ready", "hooked_everywhere", "hooks_around", "note_ready", "ready_at"]
 
 SPOT = "ready"
 _everywhere: Any = nn.modules.module
@@ -32,12 +32,17 @@ class Ready:
         return x.shape == self.shape and x.dtype == self.dtype
 
 
+def hooked_everywhere() -> bool:
+    """Whether torch calls hooks around the modules of all models."""
+    return bool(_everywhere._global_forward_hooks or _everywhere._global_forward_pre_hooks)
+
+
 def hooks_around(module: nn.Module) -> int | None:
     """How many pairs of hooks, one before and one behind, torch calls around a module's forward; None where it calls
     others."""
     before, behind = len(module._forward_pre_hooks), len(module._forward_hooks)
     others = module._backward_hooks or module._backward_pre_hooks
-    if before != behind or others or _everywhere._global_forward_hooks or _everywhere._global_forward_pre_hooks:
+    if before != behind or others or hooked_everywhere():
         return None
     return before
 

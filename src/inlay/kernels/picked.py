@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .bags import RANK, Slots
 
-__all__ = ["NOTHING", "Picked", "kernels_for", "picks"]
+__all__ = ["NOTHING", "Picked", "filled_up", "kernels_for", "picks"]
 
 PICKS = ["cuda"]
 """Kinds of devices whose products are picked."""
@@ -77,7 +77,11 @@ class Picked:
         y.add_((own @ ups.view(len(y), -1, y.shape[1]))[:, 0])
 
 
+def filled_up(slots: Slots, units: int) -> list[list[int]]:
+    """The slots of each vector, with NOTHING for the rest of `units`."""
+    return [[*own, *[NOTHING] * (units - len(own))] for own in slots]
+
+
 @lru_cache(16)
 def numbers_of(slots: Slots, device: Any) -> Tensor:
-    units = max(1, *map(len, slots))
-    return torch.tensor([[*own, *[NOTHING] * (units - len(own))] for own in slots], device=device)
+    return torch.tensor(filled_up(slots, max(1, *map(len, slots))), device=device)

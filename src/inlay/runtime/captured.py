@@ -18,6 +18,8 @@ from torch import Tensor
 
 from inlay.bank.bank import Bank
 from inlay.bank.going import Flight
+from inlay.bank.hooks import hooked
+from inlay.bank.ready import hooked_everywhere
 from inlay.bank.standing import Standing
 from inlay.batch.paged import Going
 from inlay.batch.past import Past, Store
@@ -26,7 +28,7 @@ from inlay.errors import UsageError
 from inlay.kernels.picked import Picked, picks
 
 from .companies import Companies, Company, up_to
-from .recording import hooked, hooked_everywhere, near, record
+from .recording import near, record
 from .running import Running
 
 __all__ = ["Captured", "Forward"]
@@ -108,11 +110,10 @@ class Captured:
         blocks = up_to(max(len(row.past.blocks) for row in rows), 4)
         shape = _rows(len(rows)), blocks, any(row.past.prefix for row in rows)
         companies = self._companies.of(rows)
-        units = {company: company.units(self._companies.owners(rows)) for company in companies}
-        for key in (self._with_room(company, units[company], shape) for company in companies):
+        for key in (self._with_room(company, units, shape) for company, units in companies):
             if key is not None:
                 return self._through(key, rows, values, tables)
-        for key in ((TABLES, company, units[company], *shape) for company in companies):
+        for key in ((TABLES, company, units, *shape) for company, units in companies):
             if key not in self._refused:
                 return self._first(key, rows, values, tables)
         together, count, stands = self._together

@@ -15,7 +15,7 @@ from inlay.bank.adapter import Adapter
 from inlay.bank.bank import Bank
 from inlay.bank.standing import Standing
 from inlay.kernels.bags import one_by_one
-from inlay.kernels.picked import NOTHING, picks
+from inlay.kernels.picked import filled_up, picks
 from inlay.kernels.slot_table import SlotTable
 
 from .running import Running
@@ -56,8 +56,8 @@ class Company:
 
     def slots(self, owners: Sequence[Owner], rows: int, units: int) -> Tensor:
         """int64 (tables, rows, units); what fills the rows up has none."""
-        every = [self._of(table, [*owners, *[None] * (rows - len(owners))]) for table in range(len(self.tables))]
-        filled = [[[*own, *[NOTHING] * (units - len(own))] for own in table] for table in every]
+        every = [*owners, *[None] * (rows - len(owners))]
+        filled = [filled_up(self._of(table, every), units) for table in range(len(self.tables))]
         return torch.tensor(filled, dtype=torch.long).view(len(self.tables), rows, units)
 
     def values(self, owners: Sequence[Owner]) -> dict[Any, Any] | None:
@@ -102,7 +102,7 @@ class Companies:
 
     def forget(self) -> None:
         """Forget the rows that were asked for last, which hold their adapters."""
-        self._asked: tuple[tuple[Running, ...], list[Company]] = (), []
+        self._asked: tuple[tuple[Running, ...], list[tuple[Company, int]]] = (), []
 
     def owners(self, rows: Iterable[Running]) -> list[Owner]:
         """The adapters of rows that have one at most each."""
@@ -125,8 +125,8 @@ class Companies:
         self.forget()
         return company
 
-    def of(self, rows: Sequence[Running]) -> list[Company]:
-        """Those that the rows' adapters may go with; the fewest layers first."""
+    def of(self, rows: Sequence[Running]) -> list[tuple[Company, int]]:
+        """Those that the rows' adapters may go with, and their units there; the fewest layers first."""
         asked = tuple(rows)
         if self._asked[0] != asked:
             found = []
@@ -134,12 +134,13 @@ class Companies:
                 different = {owner for owner in self.owners(rows) if owner is not None}
                 found = [known for known in self._known.values() if known.covers(different)]
                 found = found if different else [company for company in found if not company.places]
-            self._asked = asked, sorted(found, key=lambda company: len(company.places))
+            found.sort(key=lambda company: len(company.places))
+            self._asked = asked, [(company, company.units(self.owners(rows))) for company in found]
         return self._asked[1]
 
     def values(self, rows: Sequence[Running]) -> dict[Any, Any] | None:
         """What a forward of the rows, one new token each, need not find out; None where that is not known."""
-        made = (company.values(self.owners(rows)) for company in self.of(rows))
+        made = (company.values(self.owners(rows)) for company, _ in self.of(rows))
         return next((values for values in made if values is not None), None)
 
 

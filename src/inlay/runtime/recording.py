@@ -1,16 +1,14 @@
-"""Records the kernels that a GPU runs, and tells whether they may be run again."""
+"""Records the kernels that a GPU runs, and tells whether they do again what they did."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from inlay.bank.hooks import Hook
-
-__all__ = ["hooked", "hooked_everywhere", "near", "record"]
+__all__ = ["near", "record"]
 
 
 def record(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
@@ -25,23 +23,6 @@ def record(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Te
         generator.graphsafe_set_state(generator.clone_state())
         raise
     return graph.replay, made
-
-
-def hooked(model: nn.Module) -> bool:
-    """Whether others have hooked something onto a model's modules."""
-    hooks: Iterable[Any] = (
-        hook
-        for module in model.modules()
-        for own in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in own.values()
-    )
-    return any(not isinstance(hook, Hook) for hook in hooks)
-
-
-def hooked_everywhere() -> bool:
-    """Whether torch calls hooks around the modules of all models."""
-    every = nn.modules.module
-    return bool(every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 def near(ours: Tensor, expected: Tensor) -> bool:

@@ -11,18 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["attend", "fits"]
-
-
-def fits(q: Tensor) -> bool:
-    """Whether the kernel takes queries of this dtype."""
-    return q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+__all__ = ["attend"]
 
 
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, counts: Tensor, seen: Tensor, scaling: float
 ) -> Tensor:
-    """(rows, heads, value dim) of q (rows, heads, dim).
+    """(rows, heads, value dim) of q (rows, heads, dim), in float32 or half precision.
 
     keys (blocks, shared heads, dim, BLOCK) and values (blocks, shared heads, BLOCK, value dim) are a store's; `table`
     (rows, n) int64 names the blocks of each row, whose first `counts` (rows,) keys are there; of these, `seen` (rows, n
